@@ -1,0 +1,51 @@
+# make demo    install, run the demo study, draw its charts       make test    install, run the tests
+# make lint    ruff, snakefmt, snakemake --lint                   make clean   remove what the demo made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test lint format clean install
+
+demo: $(INSTALLED)
+	snakemake --cores all
+	@echo "Writing the report ..."
+	@snakemake --report results/demo/report.html --quiet all
+	@echo
+	@echo "Charts: $(sort $(wildcard figures/demo/*.png))" | sed 's/ /\n  /g'
+	@ls figures/demo/*.png | sed 's/^/  /'
+	@echo "Tables:"
+	@ls results/demo/tables/* | sed 's/^/  /'
+	@echo "Report:"
+	@echo "  results/demo/report.html"
+
+test: $(INSTALLED)
+	pytest
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow/rules
+	snakemake --lint
+
+format: $(INSTALLED)
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow/rules
+
+clean:
+	rm -rf results/demo figures/demo
+
+install: $(INSTALLED)
+
+# torch first and alone: its own requirements bring the CPU or the CUDA build. The lock is complete, so nothing else is
+# resolved (--no-deps), and the same versions stand everywhere.
+$(INSTALLED): envs/main.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' envs/main.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement envs/main.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --requirement envs/main-sdist.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,61 @@
+"""Espalier: language models through prune, tune, quantize, evaluate, profile and plot.
+
+Config: config.yaml (the demo study), or any complete study given with --configfile.
+Targets: all (default), figures, tables, reference_figures, and each chart by its name.
+"""
+
+import os
+import sys
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+from espalier.errors import UserError
+from espalier.study import Study
+
+min_version("9.0")
+
+
+if not workflow.configfiles:  # a study given with --configfile stands alone: it is never merged into the demo's
+
+    configfile: "config.yaml"
+
+
+try:
+    STUDY = Study(config, file=os.path.relpath(workflow.configfiles[-1]))
+except UserError as error:
+    # Snakemake would print a traceback for any other exception.
+    sys.tracebacklimit = 0
+    raise WorkflowError(str(error))
+
+
+# One environment holds everything here; with --software-deployment-method, each job finds the same in its own.
+PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+RUN = f"{STUDY.root}/runs/{{model}}/s{{seed}}"
+
+
+wildcard_constraints:
+    model=STUDY.pattern(STUDY.resolved.models),
+    seed=r"\d+",
+    chain=STUDY.chain_pattern,
+    parent=STUDY.chain_pattern,
+    dataset=STUDY.pattern(STUDY.resolved.generated),
+    suite=STUDY.pattern(STUDY.resolved.suites),
+    workload=STUDY.pattern(STUDY.resolved.workloads),
+
+
+include: "workflow/rules/models.smk"
+include: "workflow/rules/prune.smk"
+include: "workflow/rules/tune.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/profile.smk"
+include: "workflow/rules/tables.smk"
+include: "workflow/rules/figures.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.tables.input,
+        rules.figures.input,

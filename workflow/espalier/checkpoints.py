@@ -1,0 +1,196 @@
+"""Checkpoints: folders that say themselves how they are loaded, and the one loader for every later stage.
+
+A checkpoint folder holds what its library writes (config.json, safetensors, tokenizer) and `espalier.json`:
+  format       transformers | bitsandbytes | gptqmodel | reference (a pointer to a local folder or a hub model)
+  task         causal-lm | masked-lm | sequence-classification
+  parameters   logical number of parameters: quantization leaves it as it was
+  bits         bits a weight of the transformer blocks
+A checkpoint without `espalier.json` is an ordinary transformers checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espalier.errors import UserError
+from espalier.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIPTION = "espalier.json"
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass
+class Checkpoint:
+    """A model ready to run on `device`, its tokenizer, what espalier.json says, and where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: dict
+    folder: Path
+    device: str
+
+
+def describe(folder: Path) -> dict:
+    """Return what the checkpoint's `espalier.json` says (no torch); raises UserError if the folder is not one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"The checkpoint folder {folder} does not exist.")
+    return read_json(folder / DESCRIPTION)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, info: dict) -> None:
+    """Write model, tokenizer and description into `folder`; `info` needs task and parameters."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_description(folder, info)
+
+
+def write_description(folder: Path, info: dict) -> None:
+    """Write `espalier.json`; a missing format is transformers, missing bits are those of the saved weights."""
+    info = {"format": "transformers", "bits": 32, **info}
+    missing = {"task", "parameters"} - set(info)
+    if missing:
+        raise ValueError(f"a checkpoint's description needs {sorted(missing)}")
+    write_json(Path(folder) / DESCRIPTION, info)
+
+
+def refer(folder: Path, reference: dict) -> dict:
+    """Write a pointer to a local folder or a hub model into `folder`, once it is known to be there and whole.
+
+    `reference` has path, or id and revision; task; dtype; trust_remote_code. A hub model is downloaded into the hub's
+    cache. Returns the checksums of the weight files. Raises UserError for a model that is missing or damaged.
+    """
+    if reference["path"]:
+        source = Path(reference["path"]).resolve()
+        if not (source / "config.json").is_file():
+            raise UserError(f"{source} is not a checkpoint folder: it has no config.json.")
+    else:
+        source = _download(reference["id"], reference["revision"])
+    weights = sorted(source.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{source} holds no safetensors weights; other formats can run code when loaded and are refused.")
+    parameters = sum(_count_parameters(file) for file in weights)
+    info = {
+        **{key: reference[key] for key in ("id", "revision", "task", "dtype", "trust_remote_code")},
+        "format": "reference",
+        "path": str(source) if reference["path"] else None,
+        "parameters": parameters,
+        "bits": 8 * sum(file.stat().st_size for file in weights) // parameters,
+    }
+    write_description(folder, info)
+    return {"sha256": {file.name: _sha256(file) for file in weights}}
+
+
+def pick_device(device: str = "auto") -> str:
+    """Return cuda or cpu; `auto` takes CUDA where there is one."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(folder: Path, device: str = "auto", task: str | None = None, **options) -> Checkpoint:
+    """Load a checkpoint in evaluation mode.
+
+    `task` overrides the task that the checkpoint names (an encoder gets a new head: pass `num_labels`). `options` go to
+    from_pretrained. Raises UserError for a missing, damaged or unsupported checkpoint.
+    """
+    folder = Path(folder)
+    info = describe(folder)
+    device = pick_device(device)
+    source: str | Path = folder
+    revision = None
+    if info["format"] == "reference":
+        source, revision = info["path"] or info["id"], info["revision"]
+    task = task or info["task"]
+    if task not in TASKS:
+        raise UserError(f"{folder / DESCRIPTION}: the task '{task}' is not one of {', '.join(TASKS)}.")
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if info["format"] == "gptqmodel":
+            model = _load_gptq(source, device, options)
+        else:
+            model = _load_transformers(source, revision, TASKS[task], info, device, options)
+    except (OSError, ValueError, RuntimeError, KeyError) + _safetensors_error() as error:
+        raise UserError(f"The checkpoint {source} cannot be loaded: {_first_line(error)}") from error
+    model.eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Checkpoint(model, tokenizer, info, folder, device)
+
+
+def logical_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters of a model whose weights are not packed, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _download(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"The model {name}, revision {revision}, cannot be downloaded: {_first_line(error)}") from error
+
+
+def _count_parameters(file: Path) -> int:
+    """Return the number of values in a safetensors file, from its header; refuses a truncated one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged: {_first_line(error)}") from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _load_transformers(source, revision, auto_class: str, info: dict, device: str, options: dict):
+    import transformers
+
+    options = {"dtype": info.get("dtype", "auto"), **options}
+    if info["format"] == "bitsandbytes":
+        options["device_map"] = {"": device}
+    loader = getattr(transformers, auto_class)
+    model = loader.from_pretrained(
+        source, revision=revision, trust_remote_code=info.get("trust_remote_code", False), **options
+    )
+    return model if info["format"] == "bitsandbytes" else model.to(device)
+
+
+def _load_gptq(source: Path, device: str, options: dict):
+    from gptqmodel import GPTQModel
+
+    # Without a dtype GPTQModel computes in bfloat16; results would not compare with the unquantized model's.
+    return GPTQModel.load(str(source), device=device, **options).model
+
+
+def _safetensors_error() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return (SafetensorError,)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if lines[0].endswith(".") else lines[0] + "."

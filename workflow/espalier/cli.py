@@ -1,0 +1,82 @@
+"""What every script has in common: its arguments, its environment, and how it ends on an error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from espalier.errors import UserError
+
+# Set before torch is imported, for by-hand runs as for jobs; what the caller has set stands.
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONHASHSEED": "0",
+}
+# They report, in every process, kernels that this machine does not need.
+CHATTERERS = ("torchao", "torch.utils._pytree")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser whose help shows the script's docstring as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_identity(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which variant of which model a job is about."""
+    group = parser.add_argument_group("identity, written into the result")
+    group.add_argument("--study", required=True, help="name of the study")
+    group.add_argument("--model-name", required=True, help="name of the model in the study")
+    group.add_argument("--seed", type=int, required=True, help="seed of the run")
+    group.add_argument("--chain", required=True, help="chain of the variant, such as dense+depth-1")
+    group.add_argument("--name", required=True, help="name of the recipe, suite or workload in the study")
+
+
+def add_recipe(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add the recipe and the device; `kind` is the key that names the method in the recipe."""
+    parser.add_argument(
+        "--recipe", type=mapping, required=True, help=f'JSON, or a JSON file: {{"{kind}": METHOD, its recipe\'s keys}}'
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+
+
+def mapping(text: str) -> dict:
+    """Read a JSON object from the text itself, or from the file that it names."""
+    try:
+        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"neither a JSON object nor a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("a JSON object is needed")
+    return value
+
+
+def identity(arguments: argparse.Namespace) -> dict:
+    """Return the identity that goes into an envelope."""
+    return {
+        "study": arguments.study,
+        "model": arguments.model_name,
+        "seed": arguments.seed,
+        "chain": arguments.chain,
+        "name": arguments.name,
+    }
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main: a UserError ends it with one line and exit status 1."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in CHATTERERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,115 @@
+"""Text and rows for training, calibration and evaluation: a generated folder, a local folder, or the hub.
+
+A dataset is a mapping from the study's config, resolved: {"name", "source", ...}. `demo` and `local` are folders that
+hold `{config}/{split}.jsonl` (a config is a subset, such as a GLUE task, and may be absent); `hub` is a data set of the
+Hugging Face hub with a pinned revision.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from espalier.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where rows come from. `path` is for demo and local, `id` and `revision` are for hub."""
+
+    name: str
+    source: Literal["demo", "local", "hub"]
+    path: str | None = None
+    id: str | None = None
+    revision: str | None = None
+
+    def rows(self, split: str, config: str | None = None) -> list[dict]:
+        """Return all rows of a split. Raises UserError for a split or config that does not exist."""
+        return _hub_rows(self, split, config) if self.source == "hub" else _local_rows(self, split, config)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents: one column of one split of a dataset."""
+
+    dataset: Dataset
+    split: str
+    config: str | None = None
+    column: str = "text"
+
+    def documents(self) -> list[str]:
+        """Return the non-empty documents, in the dataset's order."""
+        rows = self.dataset.rows(self.split, self.config)
+        if rows and self.column not in rows[0]:
+            raise UserError(
+                f"The dataset '{self.dataset.name}', split '{self.split}', has no column '{self.column}'."
+                + did_you_mean(self.column, rows[0])
+            )
+        return [row[self.column] for row in rows if row[self.column].strip()]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration set: `samples` windows of `length` tokens, each from the documents of `text` in a seeded order.
+
+    Sets of different size and the same seed are nested: the first 20 of 200 are the set of 20.
+    """
+
+    text: Text
+    samples: int
+    length: int
+    seed: int = 1234
+
+    def check(self) -> None:
+        if self.samples < 1 or self.length < 2:
+            raise ValueError("'samples' must be at least 1 and 'length' at least 2.")
+
+    def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Return `samples` lists of exactly `length` token ids: shuffled documents joined by the end token, cut up."""
+        documents = self.text.documents()
+        random.Random(f"calibration-{self.seed}").shuffle(documents)
+        windows, pending = [], []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for document in documents:
+            pending += tokenizer(document, add_special_tokens=False)["input_ids"] + end
+            while len(pending) >= self.length:
+                windows.append(pending[: self.length])
+                pending = pending[self.length :]
+                if len(windows) == self.samples:
+                    return windows
+        raise UserError(
+            f"The dataset '{self.text.dataset.name}', split '{self.text.split}', holds only {len(windows)} windows of"
+            f" {self.length} tokens, but the calibration asks for {self.samples} samples."
+        )
+
+
+def _local_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
+    folder = Path(dataset.path) / (config or "")
+    file = folder / f"{split}.jsonl"
+    if not file.is_file():
+        raise UserError(
+            f"The dataset '{dataset.name}' has no file {file}."
+            + did_you_mean(split, (other.stem for other in folder.glob("*.jsonl")))
+        )
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}, is not valid JSON ({error.msg}).") from None
+    return rows
+
+
+def _hub_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(dataset.id, config, split=split, revision=dataset.revision).to_list()
+    except (OSError, ValueError) as error:
+        raise UserError(f"The dataset '{dataset.name}' ({dataset.id}, split '{split}'): {error}") from error

@@ -1,0 +1,257 @@
+"""Decode speed-up of inference engines over HF, and our engine's tokens per second.
+
+Reproduces Fig. 10 of FlashDecoding++ (Hong et al. 2023): bars by context length, grouped by batch size; diamonds are
+"Ours" on the right axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espalier.figures import (
+    ORIGIN_COLUMNS,
+    Estimate,
+    Need,
+    check_names,
+    origin,
+    over_seeds,
+    read_published,
+    select,
+    style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+BASELINE, DIAMONDS = "HF", "Ours"
+SERIES = {
+    "HF": "#C8C8C8",
+    "vLLM": "#6B6B6B",
+    "FlashDecoding": "#3B82D0",
+    "DeepSpeed": "#1B3A78",
+    "TensorRT-LLM": "#A6D3F0",
+    "OpenPPL": "#E0A526",
+    "Ours": "#D7261E",
+}
+NO_BASELINE = "no baseline: HF has no number at this condition"
+CONDITION = ("batch_size", "input_tokens")
+COLUMNS = (
+    "panel",
+    "series",
+    "model",
+    "chain",
+    "workload",
+    *CONDITION,
+    "speedup",
+    "speedup_error",
+    "throughput",
+    "throughput_error",
+    "seeds",
+    "outcome",
+    "engine",
+    *ORIGIN_COLUMNS,
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: one variant of one model, run by each engine's workload."""
+
+    title: str
+    model: str
+    chain: str
+    series: dict[str, str]  # name of `SERIES` → workload
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the chart plots: "decode_throughput" (tokens/s) of each workload, all its batch sizes and contexts."""
+
+    title: str
+    panels: list[Panel]
+
+
+def needs(recipe: Recipe) -> list[Need]:
+    """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
+    for panel in recipe.panels:
+        check_names(panel.series, SERIES, f"figure '{recipe.title}', panel '{panel.title}'")
+    return [
+        Need(panel.model, panel.chain, "profile", workload)
+        for panel in recipe.panels
+        for workload in panel.series.values()
+    ]
+
+
+def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
+    """Return one point a panel, series and condition: tokens per second, and their ratio to HF's at the same condition.
+
+    Without HF's number at a condition there is no ratio: `speedup` is empty and the outcome says so.
+    """
+    import pandas as pd
+
+    needs(recipe)
+    points = []
+    for panel in recipe.panels:
+        where = f"figure '{recipe.title}', panel '{panel.title}'"
+        found = {
+            series: _by_condition(
+                select(
+                    metrics,
+                    kind="profile",
+                    suite=workload,
+                    metric="decode_throughput",
+                    model=panel.model,
+                    chain=panel.chain,
+                )
+            )
+            for series, workload in panel.series.items()
+        }
+        baseline = {key: over_seeds(rows, where) for key, rows in found.get(BASELINE, {}).items()}
+        for series, conditions in found.items():
+            for condition, rows in conditions.items():
+                throughput = over_seeds(rows, where)
+                speedup = _ratio(throughput, baseline.get(condition), series == BASELINE)
+                points.append(
+                    {"panel": panel.title, "series": series, "model": panel.model, "chain": panel.chain}
+                    | {"workload": panel.series[series]}
+                    | dict(zip(CONDITION, condition, strict=True))
+                    | {"speedup": speedup.value, "speedup_error": speedup.error}
+                    | {"throughput": throughput.value, "throughput_error": throughput.error}
+                    | {"seeds": throughput.seeds, "outcome": speedup.outcome}
+                    | {"engine": " + ".join(sorted({str(row["engine"]) for row in rows if row["engine"]}))}
+                    | origin(rows)
+                )
+    return pd.DataFrame(points, columns=list(COLUMNS))
+
+
+def _by_condition(rows: list[dict]) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in CONDITION), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: tuple(-1 if part is None else part for part in item[0])))
+
+
+def _ratio(throughput: Estimate, baseline: Estimate | None, itself: bool) -> Estimate:
+    if throughput.value is None:
+        return Estimate(outcome=throughput.outcome)
+    if baseline is None or not baseline.value:
+        return Estimate(outcome=NO_BASELINE)
+    if itself:
+        return Estimate(1.0, None, None, throughput.seeds)
+    value = throughput.value / baseline.value
+    parts = [one.error / one.value for one in (throughput, baseline) if one.error is not None and one.value]
+    return Estimate(value, value * math.hypot(*parts) if parts else None, None, throughput.seeds)
+
+
+def published(folder: Path) -> DataFrame:
+    """Return the few values that are known of Fig. 10, read off by a machine (±20%), without their batch sizes.
+
+    The paper's own averages are in `engine_speedup_headlines.csv`.
+    """
+    return read_published(folder / "engine_speedup.csv", COLUMNS)
+
+
+def draw(points: DataFrame, title: str, note: str = "") -> Figure:
+    """Draw one panel a model and device; an engine that ran out of memory leaves a gap marked OOM."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    with style.styled():
+        names = list(dict.fromkeys(points["panel"])) or [""]
+        most = max(len(_clusters(points[points["panel"] == name])) for name in names)
+        across = min(len(names), 3 if most <= 6 and len(names) != 4 else 2)
+        down = -(-len(names) // across)
+        width = 3.2 + 0.26 * min(most, 16)
+        figure = style.new_figure(max(5.6, across * width), 2.3 * down)
+        grid = figure.subplots(down, across, squeeze=False).ravel()
+        for axes, name in zip(grid, names, strict=False):
+            _draw_panel(axes, points[points["panel"] == name])
+            axes.set_title(name)
+        for axes in grid[len(names) :]:
+            axes.set_visible(False)
+        drawn = [name for name in SERIES if name in _present(points)]
+        handles = [Patch(facecolor=SERIES[name], label=name) for name in drawn]
+        if points[points["series"] == DIAMONDS]["throughput"].notna().any():
+            label = f"{DIAMONDS} (token/s)"
+            handles.append(
+                Line2D([], [], marker="D", color=SERIES[DIAMONDS], mec="black", mew=0.6, ms=4.5, ls="", label=label)
+            )
+        footer = [*style.footer_lines(points, list(SERIES), note), "Labels under the bars: context length in tokens."]
+        if (points["outcome"] == NO_BASELINE).any():
+            footer.append("Where HF has no result there is no bar: a speed-up needs its baseline.")
+        if points["speedup_error"].notna().any():
+            footer.append("Error bars: one standard error of the ratio.")
+        style.frame(figure, title, handles, footer)
+    return figure
+
+
+def _present(points: DataFrame) -> list[str]:
+    """Return the series that take a place in the chart, in order: one that cannot run here takes none."""
+    placed = points[points["speedup"].notna() | points["throughput"].notna() | (points["outcome"] == "oom")]
+    return [name for name in SERIES if name in set(placed["series"])]
+
+
+def _condition(row: dict) -> tuple[int | None, int]:
+    """Return a point's (batch size, context); a batch size that is not known is None."""
+    batch = row["batch_size"]
+    return (None if batch is None or batch != batch else int(batch)), int(row["input_tokens"])
+
+
+def _clusters(points: DataFrame) -> list[tuple[int | None, int]]:
+    """Return a panel's conditions in drawing order."""
+    placed = points.dropna(subset=["input_tokens"]).to_dict("records")
+    return sorted({_condition(row) for row in placed}, key=lambda pair: (pair[0] or 0, pair[1]))
+
+
+def _draw_panel(axes, points: DataFrame) -> None:
+    clusters, present = _clusters(points), _present(points)
+    if not clusters or not present:
+        style.say_empty(axes, "No results")
+        return
+    batches = list(dict.fromkeys(batch for batch, _ in clusters))
+    # A gap of 0.6 clusters parts the batch sizes.
+    centre = {pair: place + 0.6 * batches.index(pair[0]) for place, pair in enumerate(clusters)}
+    width = 0.84 / max(len(present), 4 if len(clusters) < 3 else 2)
+    crowded = len(clusters) * len(present) > 40
+    error_style = style.ERROR_BAR | {"capsize": 0 if crowded else 1.5, "elinewidth": 0.6}
+    diamonds = []
+    for row in points.dropna(subset=["input_tokens"]).to_dict("records"):
+        if row["series"] not in present:
+            continue
+        x = centre[_condition(row)] + (present.index(row["series"]) - (len(present) - 1) / 2) * width
+        if row["outcome"] == "oom":
+            style.mark_gap(axes, x, fontsize=5 if crowded else 6)
+        elif row["speedup"] == row["speedup"] and row["speedup"] is not None:
+            error = row["speedup_error"] if row["speedup_error"] == row["speedup_error"] else None
+            colour = SERIES[row["series"]]
+            axes.bar(x, row["speedup"], width * 0.94, color=colour, yerr=error, error_kw=error_style)
+        if row["series"] == DIAMONDS and row["throughput"] == row["throughput"] and row["throughput"] is not None:
+            diamonds.append((x, row["throughput"]))
+    axes.axhline(1, color="#777777", linewidth=0.7, linestyle="--", zorder=0.5)
+    axes.set_ylabel("Speedup")
+    axes.set_ylim(0, max(2.0, 1.15 * axes.get_ylim()[1]))
+    axes.grid(axis="y")
+    axes.set_xlim(min(centre.values()) - 0.6, max(centre.values()) + 0.6)
+    axes.set_xticks(list(centre.values()), [style.length_label(context) for _, context in clusters])
+    axes.tick_params(axis="x", length=2, labelsize=7.5 if len(clusters) > 8 else 8.5)
+    for batch in batches:
+        places = [place for pair, place in centre.items() if pair[0] == batch]
+        text = "batch size not stated" if batch is None else f"batch size {batch}"
+        middle = (places[0] + places[-1]) / 2
+        axes.text(middle, -0.14, text, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
+    if diamonds:
+        _draw_diamonds(axes, diamonds, 14 if crowded else 24)
+
+
+def _draw_diamonds(axes, diamonds: list[tuple[float, float]], size: float) -> None:
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.scatter(
+        *zip(*diamonds, strict=True), marker="D", s=size, color=SERIES[DIAMONDS], edgecolor="black", linewidth=0.6
+    )
+    right.set_ylim(0, 1.2 * max(throughput for _, throughput in diamonds))
+    right.set_ylabel("Throughput (tokens/s)")

@@ -1,0 +1,248 @@
+"""GLUE scores of 32-, 2- and 1-bit encoders under training budgets A and C, next to their teacher.
+
+Reproduces the six line charts of XTC (Wu et al. 2022, arXiv 2206.01859). All scores are plotted as percentages.
+
+The average is over the 8 GLUE tasks without WNLI, each counting once: a task's score is the mean of its GLUE metrics
+(MRPC and QQP: accuracy and F1; STS-B: Pearson and Spearman; MNLI: accuracy, matched and mismatched; the others have
+one metric). It is drawn only where all eight are present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espalier.figures import (
+    ESTIMATE_COLUMNS,
+    ORIGIN_COLUMNS,
+    Estimate,
+    Need,
+    check_names,
+    mean_of,
+    origin,
+    over_seeds,
+    read_published,
+    select,
+    style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+TEACHER, BUDGETS = "teacher", ("Budget-A", "Budget-C")
+# Name → colour, line, marker, as in the paper.
+SERIES = {
+    "Budget-A": ("#1F77B4", "-", "o"),
+    "Budget-C": ("#FF7F0E", "--", "^"),
+    "teacher": ("#000000", "", "s"),
+}
+AVERAGE = "Ave. 8 Tasks"
+# Panel → task of the recipe, task and metric of the results, axis label.
+PANELS = {
+    "CoLA": ("cola", ("cola", "mcc"), "Mcc"),
+    "MNLI": ("mnli", ("mnli", "accuracy"), "Acc."),
+    "QNLI": ("qnli", ("qnli", "accuracy"), "Acc."),
+    "QQP": ("qqp", ("qqp", "accuracy"), "Acc."),
+    "STS-B": ("stsb", ("stsb", "pearson"), "Pearson"),
+    AVERAGE: (None, None, "GLUE Scores"),
+}
+# The 8 tasks → the (task, metric) pairs whose mean is the task's score in the average.
+SCORES = {
+    "cola": (("cola", "mcc"),),
+    "mnli": (("mnli", "accuracy"), ("mnli_mismatched", "accuracy")),
+    "mrpc": (("mrpc", "accuracy"), ("mrpc", "f1")),
+    "qnli": (("qnli", "accuracy"),),
+    "qqp": (("qqp", "accuracy"), ("qqp", "f1")),
+    "rte": (("rte", "accuracy"),),
+    "sst2": (("sst2", "accuracy"),),
+    "stsb": (("stsb", "pearson"), ("stsb", "spearman")),
+}
+COLUMNS = ("panel", "metric", "series", "bits", *ESTIMATE_COLUMNS, "chain", *ORIGIN_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the chart plots: for each task its suite, the teacher's chain, and each student's chain."""
+
+    title: str
+    model: str
+    suite: dict[str, str]  # task → suite
+    teacher: dict[str, str]  # task → chain
+    students: dict[str, dict[int | str, dict[str, str]]] = field(default_factory=dict)  # budget → bits → task → chain
+
+
+def needs(recipe: Recipe) -> list[Need]:
+    """Return the raw results that the chart plots; raises UserError for an unknown budget or task, or without suite."""
+    where = f"figure '{recipe.title}'"
+    check_names(recipe.students, BUDGETS, f"{where}, students")
+    check_names(recipe.suite, SCORES, f"{where}, suite")
+    found = []
+    for series, bits, chains in _variants(recipe):
+        check_names(chains, SCORES, f"{where}, {series} at {bits} bits")
+        check_names(chains, recipe.suite, f"{where}, {series} at {bits} bits, a task without an entry under suite")
+        found += [Need(recipe.model, chain, "evaluate", recipe.suite[task]) for task, chain in chains.items()]
+    return found
+
+
+def _variants(recipe: Recipe) -> list[tuple[str, int, dict[str, str]]]:
+    students = [
+        (budget, int(bits), recipe.students[budget][bits])
+        for budget in recipe.students
+        for bits in sorted(recipe.students[budget], key=int, reverse=True)
+    ]
+    return [(TEACHER, 32, recipe.teacher), *students]
+
+
+def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
+    """Return one point a panel, series and bit width, times 100; an average without all tasks names what it lacks.
+
+    Standard errors: two metrics of one task share their questions, so their errors are averaged as if they moved
+    together (the cautious choice); the tasks of the average are independent.
+    """
+    import pandas as pd
+
+    needs(recipe)
+    points = []
+    for series, bits, chains in _variants(recipe):
+        rows = {
+            task: select(metrics, kind="evaluate", model=recipe.model, chain=chain, suite=recipe.suite[task])
+            for task, chain in chains.items()
+        }
+        for panel, (task, item, label) in PANELS.items():
+            here = [row for found in rows.values() for row in found] if task is None else rows.get(task, [])
+            if not here:
+                continue
+            if task is None:
+                estimate, chain = _average(rows), ""
+            else:
+                of_item = [row for row in here if (row["task"], row["metric"]) == item]
+                # A run that failed as a whole has one row without a metric: its outcome stands for all.
+                estimate = over_seeds(of_item, panel) if of_item else Estimate(outcome=here[0]["outcome"] or "missing")
+                chain = chains[task]
+            about = {"panel": panel, "metric": label, "series": series, "bits": bits, "chain": chain}
+            points.append(about | estimate.scaled(100).columns() | origin(here))
+    return pd.DataFrame(points, columns=list(COLUMNS))
+
+
+def _average(rows: Mapping[str, list[dict]]):
+    """Average the 8 tasks' scores within each seed, then over seeds."""
+    missing = [
+        task
+        for task, parts in SCORES.items()
+        if any(not any((row["task"], row["metric"]) == part for row in rows.get(task, [])) for part in parts)
+    ]
+    if missing:
+        return over_seeds([{"value": None, "outcome": f"missing: {', '.join(missing)}"}])
+    seeds = sorted({row["seed"] for found in rows.values() for row in found}, key=str)
+    return over_seeds([{"seed": seed} | mean_of([_score(rows[task], task, seed) for task in SCORES]) for seed in seeds])
+
+
+def _score(rows: list[dict], task: str, seed: object) -> dict:
+    parts = []
+    for part in SCORES[task]:
+        parts += [row for row in rows if (row["task"], row["metric"]) == part and row["seed"] == seed][:1]
+    if len(parts) < len(SCORES[task]) or any(row["value"] is None for row in parts):
+        return {"value": None, "outcome": f"missing: {task}"}
+    errors = [row["stderr"] for row in parts]
+    return {
+        "value": sum(row["value"] for row in parts) / len(parts),
+        "stderr": None if None in errors else sum(errors) / len(errors),
+        "n": parts[0]["n"],
+        "outcome": "ok",
+    }
+
+
+def published(folder: Path) -> DataFrame:
+    """Return the points of the paper's six charts, read off; both budgets start at the teacher's score."""
+    return read_published(folder / "glue_bits.csv", COLUMNS)
+
+
+def draw(points: DataFrame, title: str, note: str = "") -> Figure:
+    """Draw six panels; a panel without results says what is missing.
+
+    A student's line starts at the teacher's square where it has no 32-bit point of its own: it was trained from there.
+    """
+    with style.styled():
+        figure = style.new_figure(13.2, 2.35)
+        grid = figure.subplots(1, len(PANELS))
+        bits = sorted({int(value) for value in points["bits"]} | {32}, reverse=True)
+        expected = {(str(row["series"]), int(row["bits"])) for row in points.to_dict("records")}
+        for axes, panel in zip(grid, PANELS, strict=True):
+            _draw_panel(axes, points[points["panel"] == panel], panel, bits, expected)
+        drawn = [name for name in SERIES if name in set(points["series"])]
+        footer = style.footer_lines(points, list(SERIES), note)
+        if points["error"].notna().any():
+            footer.append("Error bars: one standard error (sampling of questions, and spread over seeds).")
+        style.frame(figure, title, [_handle(name) for name in drawn], footer)
+    return figure
+
+
+def _draw_panel(axes, points: DataFrame, panel: str, bits: list[int], expected: set[tuple[str, int]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    good = points[points["value"].notna()]
+    axes.set_title(panel)
+    if good.empty:
+        style.say_empty(axes, _why_empty(points, panel))
+        return
+    place = {value: index for index, value in enumerate(bits)}
+    axes.grid(axis="y")
+    teacher = good[(good["series"] == TEACHER) & (good["bits"] == 32)]
+    for name, (colour, line, marker) in SERIES.items():
+        own = good[good["series"] == name].sort_values("bits", ascending=False)
+        if own.empty:
+            continue
+        x, y = [place[int(value)] for value in own["bits"]], list(own["value"])
+        error = own["error"].astype("float64").fillna(0)
+        size = 6.5 if name == TEACHER else 5
+        if line and 0 not in x and len(teacher):
+            axes.plot([0, *x[:1]], [teacher["value"].iloc[0], *y[:1]], color=colour, linestyle=line, zorder=2)
+        # The teacher lies under the students' first points, which coincide with it in the paper.
+        order = 2.5 if name == TEACHER else 3
+        axes.errorbar(
+            x,
+            y,
+            error if error.any() else None,
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            markersize=size,
+            elinewidth=0.9,
+            capsize=2,
+            zorder=order,
+        )
+    axes.set_xticks(range(len(bits)), [str(value) for value in bits])
+    axes.set(xlabel="bit", ylabel=PANELS[panel][2], xlim=(-0.35, len(bits) - 0.65))
+    axes.margins(y=0.14)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=4))
+    present = set(zip(good["series"], good["bits"].astype(int), strict=True))
+    absent = sorted(expected - present, key=lambda item: (list(SERIES).index(item[0]), -item[1]))
+    if absent:
+        text = "\n".join(f"no {name}{'' if name == TEACHER else f' {value}-bit'}" for name, value in absent)
+        axes.text(0.03, 0.03, text, transform=axes.transAxes, fontsize=6.5, color=style.MUTED, va="bottom")
+
+
+def _why_empty(points: DataFrame, panel: str) -> str:
+    if (points["outcome"] == "oom").any():
+        return "Out of memory"
+    lacking = {
+        task.strip()
+        for outcome in points["outcome"].astype(str)
+        if outcome.startswith("missing:")
+        for task in outcome.partition(":")[2].split(",")
+    }
+    if panel == AVERAGE and lacking:
+        return "No average without\n" + ",\n".join(
+            ", ".join(sorted(lacking)[start : start + 4]) for start in range(0, len(lacking), 4)
+        )
+    return f"No results: {panel}"
+
+
+def _handle(name: str):
+    from matplotlib.lines import Line2D
+
+    colour, line, marker = SERIES[name]
+    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=5.5, label=name)

@@ -1,0 +1,210 @@
+"""Peak memory and mean accuracy against model size, each with and without GPTQ.
+
+Reproduces the two bar charts of Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834): how much memory a depth-pruned
+model saves next to quantization, and what either costs in accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espalier.errors import UserError
+from espalier.figures import (
+    ESTIMATE_COLUMNS,
+    ORIGIN_COLUMNS,
+    Need,
+    check_names,
+    mean_over_tasks,
+    origin,
+    over_seeds,
+    parameters_of,
+    read_published,
+    select,
+    style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+SERIES = {"Ours": "#2C6FBB", "Ours + GPTQ": "#2A9D8F", "Original": "#000000", "Original + GPTQ": "#8C8C8C"}
+COLUMNS = ("panel", "series", "size", "parameters", "chain", *ESTIMATE_COLUMNS, "unit", *ORIGIN_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The condition of the workload at which peak memory is plotted."""
+
+    batch_size: int
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the chart plots; its bars stand at the parameter count of each chain."""
+
+    title: str
+    model: str
+    suite: str  # evaluation whose tasks are averaged
+    workload: str  # profile that holds peak memory ("peak_allocated")
+    memory: Memory
+    tasks: dict[str, str]  # task → metric: the accuracy is the unweighted mean of these
+    series: dict[str, list[str]]  # name of `SERIES` → chains, one a size
+
+
+def needs(recipe: Recipe) -> list[Need]:
+    """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
+    check_names(recipe.series, SERIES, f"figure '{recipe.title}', series")
+    return [
+        Need(recipe.model, chain, kind, name)
+        for chains in recipe.series.values()
+        for chain in chains
+        for kind, name in (("evaluate", recipe.suite), ("profile", recipe.workload))
+    ]
+
+
+def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
+    """Return one point a panel and chain: memory in MB or GB, accuracy in percent.
+
+    Raises UserError if two chains of a series have the same size, or if a task is not in the suite.
+    """
+    import pandas as pd
+
+    needs(recipe)
+    where = f"figure '{recipe.title}'"
+    points, sizes = [], {}
+    for series, chains in recipe.series.items():
+        for chain in chains:
+            about = {"model": recipe.model, "chain": chain}
+            scored = select(metrics, kind="evaluate", suite=recipe.suite, **about)
+            profiled = select(metrics, kind="profile", suite=recipe.workload, metric="peak_allocated", **about)
+            condition = vars(recipe.memory).items()
+            at = [row for row in profiled if all(row[key] in (value, None) for key, value in condition)]
+            if profiled and not at:
+                asked = ", ".join(f"{key} {value}" for key, value in condition)
+                raise UserError(f"{where}: workload '{recipe.workload}' has no row with {asked}.")
+            if not (scored or at):
+                continue
+            parameters = parameters_of(scored + at)
+            size = "?" if parameters is None else style.parameters_label(parameters)
+            other = sizes.setdefault((series, size), chain)
+            if other != chain:
+                raise UserError(f"{where}: '{other}' and '{chain}' of series '{series}' are both {size}; keep one.")
+            place = {"series": series, "size": size, "parameters": parameters, "chain": chain}
+            if at:
+                estimate = over_seeds(at, where)
+                points.append({"panel": "memory", **place, **estimate.columns(), "unit": "bytes", **origin(at)})
+            if scored:
+                estimate = mean_over_tasks(scored, recipe.tasks, where).scaled(100)
+                points.append({"panel": "accuracy", **place, **estimate.columns(), "unit": "%", **origin(scored)})
+    return _in_plotted_units(pd.DataFrame(points, columns=list(COLUMNS)))
+
+
+def _in_plotted_units(points: DataFrame) -> DataFrame:
+    memory = points["panel"] == "memory"
+    unit, size = style.memory_unit(points.loc[memory, "value"].max() if memory.any() else None)
+    for column in ("value", "stderr", "spread", "error"):
+        points[column] = points[column].astype("float64")
+        points.loc[memory, column] /= size
+    points.loc[memory, "unit"] = unit
+    return points
+
+
+def published(folder: Path) -> DataFrame:
+    """Return the bars of the paper's two charts; accuracy is read off, and has no error bar."""
+    points = read_published(folder / "size_tradeoff.csv", COLUMNS)
+    points["size"] = [style.parameters_label(count) for count in points["parameters"]]
+    return points
+
+
+def draw(points: DataFrame, title: str, note: str = "") -> Figure:
+    """Draw both panels; a bar without a value is a gap marked OOM, faded bars come from an unreliable source."""
+    with style.styled():
+        bars = int(points["panel"].value_counts().max()) if len(points) else 0
+        figure = style.new_figure(max(8.6, 1.8 + 0.58 * bars), 2.9)
+        left, right = figure.subplots(1, 2)
+        memory, accuracy = (points[points["panel"] == panel] for panel in ("memory", "accuracy"))
+        unit = memory["unit"].iloc[0] if len(memory) else "GB"
+        devices = sorted(set(memory["device"].dropna()) - {""})
+        _draw_bars(left, memory)
+        left.set(ylabel=style.memory_label(devices, unit), xlabel="Parameters")
+        _draw_bars(right, accuracy)
+        right.set(ylabel="Average Accuracy (%)", xlabel="Parameters")
+        footer = style.footer_lines(points, list(SERIES), note)
+        if accuracy["value"].notna().any():
+            lower, highest = _lower_limit(accuracy), _highest(accuracy)
+            right.set_ylim(lower, highest + 0.14 * (highest - lower))
+            if lower:
+                footer.append(f"The accuracy axis starts at {lower:g}%.")
+        if accuracy["error"].notna().any():
+            footer.append("Error bars: one standard error of the unweighted mean over tasks (and over seeds).")
+        drawn = [name for name in SERIES if name in set(points["series"])]
+        style.frame(figure, title, [_swatch(name) for name in drawn], footer)
+    return figure
+
+
+def _draw_bars(axes, points: DataFrame) -> None:
+    order = points.groupby("size")["parameters"].min().sort_values(na_position="first").index
+    if not len(order):
+        style.say_empty(axes, "No results")
+        return
+    axes.grid(axis="y")
+    groups = [points[points["size"] == size] for size in order]
+    width = 0.8 / max(2, *(len(group) for group in groups))
+    for position, group in enumerate(groups):
+        rows = sorted(group.to_dict("records"), key=lambda row: list(SERIES).index(row["series"]))
+        for slot, row in enumerate(rows):
+            x = position + (slot - (len(rows) - 1) / 2) * width
+            if math.isnan(row["value"]):
+                style.mark_gap(axes, x)
+                continue
+            faded = str(row["certainty"]).startswith("unreliable")
+            error = 0.0 if row["error"] is None or math.isnan(row["error"]) else row["error"]
+            axes.bar(
+                x,
+                row["value"],
+                width * 0.94,
+                color=SERIES[row["series"]],
+                alpha=0.35 if faded else 1.0,
+                yerr=error or None,
+                error_kw=style.ERROR_BAR | ({"ecolor": "#999999"} if row["series"] == "Original" else {}),
+            )
+            label = f"{row['value']:.1f}" if row["unit"] == "%" else _short(row["value"])
+            axes.annotate(
+                label,
+                (x, row["value"] + error),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=6 if len(points) > 14 else 7,
+            )
+    axes.set_xticks(range(len(order)), list(order))
+    axes.set_xlim(-0.6, len(order) - 0.4)
+    axes.margins(y=0.12)
+
+
+def _short(value: float) -> str:
+    text = style.number_label(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _highest(points: DataFrame) -> float:
+    return (points["value"] + points["error"].astype("float64").fillna(0)).max()
+
+
+def _lower_limit(points: DataFrame) -> float:
+    # As in the paper, a multiple of 2.5 below the smallest bar; differences of a few points would vanish from zero.
+    low = (points["value"] - points["error"].astype("float64").fillna(0)).min()
+    span = max(points["value"].max() - low, 2.5)
+    return max(0.0, 2.5 * math.floor((low - 0.2 * span) / 2.5))
+
+
+def _swatch(name: str):
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=SERIES[name], label=name)

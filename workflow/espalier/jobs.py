@@ -1,0 +1,95 @@
+"""What the scripts of the stages do: load the recipe, call its method, write the declared outputs whole."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from espalier import checkpoints, cli, plugins
+from espalier.files import whole_folder, write_json
+from espalier.progress import progress
+from espalier.provenance import code_version, provenance
+from espalier.recipes import as_dict, build
+from espalier.results import envelope
+
+
+def step(kind: str, arguments: argparse.Namespace, script: Path) -> None:
+    """Make a checkpoint and its step.json from `arguments.parent` (None for pretraining) with a recipe."""
+    started = time.time()
+    module, recipe, content = _start(kind, arguments)
+    device = checkpoints.pick_device(arguments.device)
+    with whole_folder(arguments.output) as folder:
+        report = module.apply(arguments.parent, folder, recipe, seed=arguments.seed, device=device)
+        info = checkpoints.describe(folder)
+    measurements = [
+        {"task": kind, "metric": "parameters", "value": info["parameters"], "unit": "parameters"},
+        {"task": kind, "metric": "seconds", "value": round(time.time() - started, 3), "unit": "s"},
+    ]
+    write_json(
+        arguments.step,
+        envelope(
+            kind="step",
+            identity=cli.identity(arguments),
+            recipe=content,
+            checkpoint=info,
+            measurements=measurements,
+            samples=report,
+            provenance=_provenance(started, device, script, module),
+        ),
+    )
+
+
+def fetch(arguments: argparse.Namespace, script: Path) -> None:
+    """Write a pointer to a model of the hub or of a local folder, and its step.json."""
+    started = time.time()
+    with whole_folder(arguments.output) as folder:
+        report = checkpoints.refer(folder, arguments.reference)
+        info = checkpoints.describe(folder)
+    write_json(
+        arguments.step,
+        envelope(
+            kind="step",
+            identity=cli.identity(arguments),
+            recipe=arguments.reference,
+            checkpoint=info,
+            measurements=[
+                {"task": "fetch", "metric": "parameters", "value": info["parameters"], "unit": "parameters"},
+                {"task": "fetch", "metric": "seconds", "value": round(time.time() - started, 3), "unit": "s"},
+            ],
+            samples=report,
+            provenance={**provenance(started, "cpu"), "code": code_version(script)},
+        ),
+    )
+
+
+def measure(kind: str, arguments: argparse.Namespace, script: Path) -> None:
+    """Measure a checkpoint with a suite (kind evaluate) or a workload (kind profile) and write the raw result."""
+    started = time.time()
+    module, recipe, content = _start(kind, arguments)
+    checkpoint = checkpoints.load(arguments.model, device=arguments.device)
+    measured = module.measure(checkpoint, recipe, seed=arguments.seed, device=checkpoint.device)
+    write_json(
+        arguments.output,
+        envelope(
+            kind=kind,
+            identity=cli.identity(arguments),
+            recipe=content,
+            checkpoint=checkpoint.info,
+            measurements=measured.measurements,
+            samples=measured.samples,
+            provenance=_provenance(started, checkpoint.device, script, module),
+        ),
+    )
+
+
+def _start(kind: str, arguments: argparse.Namespace) -> tuple:
+    progress.prefix = f"{arguments.model_name} {arguments.chain} {kind} {arguments.name}: "
+    method = arguments.recipe.get(kind)
+    module = plugins.load(kind, method, "--recipe")
+    recipe = build(module.Recipe, {key: value for key, value in arguments.recipe.items() if key != kind}, "--recipe")
+    return module, recipe, {kind: method, **as_dict(recipe)}
+
+
+def _provenance(started: float, device: str, script: Path, module) -> dict:
+    return {**provenance(started, device), "code": code_version(script, [module.__name__])}

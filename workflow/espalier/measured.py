@@ -1,0 +1,16 @@
+"""What every evaluation and profile returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Measured(NamedTuple):
+    """Measurements for the tidy table, and every raw sample behind them.
+
+    A measurement has task, metric, value, stderr, n and unit, may have engine, batch_size, input_tokens and
+    output_tokens, and has an outcome where it is not "ok".
+    """
+
+    measurements: list[dict]
+    samples: dict

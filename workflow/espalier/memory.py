@@ -1,0 +1,96 @@
+"""Memory that is true: what a model occupies after loading, and the peak while it works.
+
+On CUDA the allocator keeps both figures. On a CPU there is no such counter, and the process's resident size is mostly
+libraries, so the same two quantities are taken from torch itself: the bytes of every live tensor's storage, and the
+allocations and frees that torch's profiler records. Definitions for readers: docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable
+
+
+def allocated_bytes(device: str) -> int:
+    """Return the bytes of all tensors alive on the device: weights, buffers, and whatever else is held.
+
+    On a CPU these are the storages of all tensors that Python can see, each once, wherever they hang (such as in a
+    quantized weight's state). A storage that is only partly in use counts whole.
+    """
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for item in gc.get_objects():
+        # A plain isinstance would run __class__ of lazy proxies that some libraries leave about.
+        if not issubclass(type(item), torch.Tensor):
+            continue
+        try:
+            if item.device.type == "cpu":
+                storage = item.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        except (RuntimeError, NotImplementedError):
+            continue  # a sparse, meta or wrapper tensor: it has no storage of its own, its parts are seen by themselves
+    storages.pop(0, None)  # a storage without memory
+    return sum(storages.values())
+
+
+def peak_allocated_bytes(work: Callable[[], object], device: str) -> int:
+    """Run `work` and return the peak bytes allocated on the device, those alive before it included.
+
+    On a CPU this profiles `work`, which slows it: never time the same run. What `work` frees of the tensors that were
+    alive before it is not recorded there, so it counts to the end; and so is nothing that other threads allocate.
+    """
+    import torch
+
+    before = allocated_bytes(device)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return before + highest_level(_allocations(work))
+
+
+def highest_level(changes: Iterable[int]) -> int:
+    """Return the highest sum that allocations (positive) and frees (negative), in order, ever reach; at least 0."""
+    level = peak = 0
+    for change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, had no memory left."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
+def peak_resident_bytes() -> int:
+    """Return the process's peak resident size so far, libraries included (getrusage's ru_maxrss)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _allocations(work: Callable[[], object]) -> list[int]:
+    """Run `work` and return the bytes of each allocation and (negative) free of this thread, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on every start
+    from torch.profiler import ProfilerActivity, profile
+
+    # Operations are recorded too, because torch has no public way to record memory alone.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -1,0 +1,36 @@
+"""Methods by name: `prune: depth` in a config is the file `espalier/prune/depth.py`, and nothing else registers it."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from espalier.errors import UserError, did_you_mean
+
+ROOT = Path(__file__).parent
+KINDS = ("pretrain", "prune", "tune", "quantize", "evaluate", "profile", "engines", "figures")
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of all plugins of a kind, as they are written in a config."""
+    files = sorted((ROOT / kind).glob("*.py"))
+    return tuple(
+        file.stem.replace("_", "-") if kind != "figures" else file.stem
+        for file in files
+        if file.stem not in ("__init__", "style")
+    )
+
+
+def module_name(kind: str, name: str, where: str) -> str:
+    """Return the dotted module of a plugin; raises UserError, opened by `where`, for a name without a file."""
+    if name not in names(kind):
+        raise UserError(f"{where}: there is no {kind} method '{name}'.{did_you_mean(name, names(kind))}")
+    return f"espalier.{kind}.{name.replace('-', '_')}"
+
+
+def load(kind: str, name: str, where: str = "config") -> ModuleType:
+    """Import a plugin. Its heavy libraries are imported by its functions, so this is cheap enough for a dry-run."""
+    return importlib.import_module(module_name(kind, name, where))

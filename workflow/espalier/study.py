@@ -1,0 +1,190 @@
+"""What a study's jobs are: the questions that the Snakemake rules ask of a resolved config."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from espalier import chains, plugins
+from espalier.config import Resolved, Step, resolve
+from espalier.errors import UserError, did_you_mean
+from espalier.provenance import code_version
+from espalier.results import path_of
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+class Wanted(NamedTuple):
+    """One raw result: an evaluation or a profile of one variant."""
+
+    model: str
+    seed: int
+    chain: str
+    kind: str  # evaluate, profile or step
+    name: str  # of the suite, the workload or the step's recipe
+
+
+class Study:
+    """A checked study; `mapping` is Snakemake's config, `file` the config's name for error messages."""
+
+    def __init__(self, mapping: dict, file: str = "config.yaml", results: str = "results", figures: str = "figures"):
+        self.file = file
+        self.resolved: Resolved = resolve(mapping, file, results)
+        self.config = self.resolved.config
+        self.name = self.config.study
+        self.results, self.figures = Path(results), Path(figures) / self.name
+        self.root = self.results / self.name
+        self.wanted = self._wanted()
+
+    # What to make -----------------------------------------------------------------------------------------------------
+
+    def raw_results(self) -> list[str]:
+        """Return the paths of all raw results of the study: measurements, and the steps that lead to them."""
+        steps = {
+            Wanted(one.model, one.seed, chain, "step", chains.split(chain)[1] or chains.DENSE)
+            for one in self.wanted
+            for chain in chains.ancestors(one.chain)
+        }
+        return [self.path(one) for one in sorted(set(self.wanted) | steps)]
+
+    def figure_results(self, figure: str) -> list[str]:
+        """Return the paths of the raw results that a chart plots."""
+        return [self.path(one) for one in self._needs(self.resolved.figures[figure])]
+
+    def path(self, one: Wanted) -> str:
+        return str(path_of(self.results, study=self.name, **one._asdict()))
+
+    # What a job depends on --------------------------------------------------------------------------------------------
+
+    def step(self, section: str, name: str) -> Step:
+        """Return the step `name` of a section of the resolved config (recipes, suites, workloads, figures …)."""
+        return getattr(self.resolved, section)[name]
+
+    def content(self, section: str, name: str) -> str:
+        """Return a resolved recipe as JSON: the parameter that reruns a job when its recipe changes."""
+        return json.dumps(self.step(section, name).content, sort_keys=True)
+
+    def code(self, script: str, section: str | None = None, name: str | None = None, module: str | None = None) -> str:
+        """Return the code version of a script, with a plugin's `module`, or the one that a recipe names."""
+        module = self.step(section, name).module if section else module
+        return code_version(SCRIPTS / script, [module] if module else [])
+
+    def generated(self, dataset: str) -> str:
+        """Return the recipe of a generated dataset as JSON."""
+        from espalier.recipes import as_dict
+
+        return json.dumps(as_dict(self.resolved.generated[dataset]), sort_keys=True)
+
+    def data(self, section: str, name: str) -> list[str]:
+        """Return the folders of generated datasets that a recipe reads."""
+        return sorted({found["path"] for found in _datasets(self.step(section, name).content)})
+
+    def reference(self, model: str) -> str:
+        """Return where a model of the hub or a local folder is, as JSON, with a fingerprint of a local one."""
+        entry = self.resolved.models[model]
+        return json.dumps(
+            {
+                "path": entry.path,
+                "id": entry.hub,
+                "revision": entry.revision,
+                "task": entry.task,
+                "dtype": entry.dtype,
+                "trust_remote_code": entry.trust_remote_code,
+                "fingerprint": _fingerprint(Path(entry.path)) if entry.path else None,
+            },
+            sort_keys=True,
+        )
+
+    # Wildcards --------------------------------------------------------------------------------------------------------
+
+    def pattern(self, names: Iterable[str]) -> str:
+        """Return a regular expression of exactly these names; one that matches nothing if there are none."""
+        return "|".join(map(re.escape, sorted(names))) or "(?!)"
+
+    chain_pattern = chains.CHAIN
+
+    def stage_pattern(self, stage: str) -> str:
+        return self.pattern(name for name, step in self.resolved.recipes.items() if step.kind == stage)
+
+    # Checks -----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> dict[str, str]:
+        return {name: step.kind for name, step in self.resolved.recipes.items()}
+
+    def _wanted(self) -> list[Wanted]:
+        wanted: set[Wanted] = set()
+        for i, entry in enumerate(self.config.measure):
+            where = f"{self.file}: measure[{i}]"
+            for kind, names in (("evaluate", entry.suites), ("profile", entry.workloads)):
+                for name in names:
+                    for chain in entry.chains:
+                        wanted.update(self._expand(entry.model, chain, kind, name, where))
+        for step in self.resolved.figures.values():
+            wanted.update(self._needs(step))
+        return sorted(wanted)
+
+    def _needs(self, step: Step) -> list[Wanted]:
+        where = f"{self.file}: figures.{step.name}"
+        module = plugins.load("figures", step.method)
+        try:
+            needs = module.needs(step.recipe)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return sorted({one for need in needs for one in self._expand(*need, where)})
+
+    def _expand(self, model: str, chain: str, kind: str, name: str, where: str) -> list[Wanted]:
+        """Return one Wanted a seed, after checking that model, chain and suite or workload exist and go together."""
+        models = self.resolved.models
+        if model not in models:
+            raise UserError(f"{where}: there is no model '{model}'.{did_you_mean(model, models)}")
+        section = {"evaluate": "suites", "profile": "workloads"}[kind]
+        known = getattr(self.resolved, section)
+        if name not in known:
+            raise UserError(f"{where}: there is no {section[:-1]} '{name}'.{did_you_mean(name, known)}")
+        chains.check(chain, self.stages, where)
+        task = self._task(model, chain, where)
+        takes = getattr(plugins.load(kind, known[name].method), "TAKES", (task,))  # TEMP
+        if task not in takes:
+            raise UserError(
+                f"{where}: {section}.{name} measures {' or '.join(takes)} models, but {model} with the chain '{chain}'"
+                f" is a {task} model."
+            )
+        return [Wanted(model, seed, chain, kind, name) for seed in models[model].seeds]
+
+    def _task(self, model: str, chain: str, where: str) -> str:
+        """Return what kind of model a chain ends in; refuses a method that cannot take what comes before it."""
+        entry = self.resolved.models[model]
+        task = getattr(plugins.load("pretrain", entry.pretrain), "GIVES", "causal-lm") if entry.pretrain else entry.task
+        for token in chain.split("+")[1:]:
+            step = self.resolved.recipes[token]
+            module = plugins.load(step.kind, step.method)
+            if task not in getattr(module, "TAKES", (task,)):
+                raise UserError(
+                    f"{where}: the chain '{chain}' of {model} makes no sense: '{token}' ({step.kind}: {step.method})"
+                    f" takes a {' or '.join(module.TAKES)} model, and finds a {task} model."
+                )
+            task = getattr(module, "GIVES", task)
+        return task
+
+
+def _datasets(node: Any) -> Iterable[dict]:
+    """Yield the generated datasets anywhere in a resolved recipe."""
+    if isinstance(node, dict):
+        if node.get("source") == "demo" and "path" in node:
+            yield node
+        for value in node.values():
+            yield from _datasets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _datasets(value)
+
+
+def _fingerprint(folder: Path) -> dict:
+    """Return sizes of a checkpoint's files and the content of its config: cheap, and blind to a mere touch."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+    return {"sizes": sizes, "config": (folder / "config.json").read_text(encoding="utf-8")}

@@ -1,0 +1,81 @@
+"""Figures: each chart is drawn from the raw results that it plots, or from published values alone.
+
+In:  raw results, reference/papers/
+Out: figures/{study}/{figure}.{pdf,svg,png,csv}  figures/reference/{figure}.{pdf,svg,png,csv}
+"""
+
+import glob
+
+from espalier import plugins
+
+
+
+rule draw_figure:
+    """Draw a chart of this study from its raw results."""
+    input:
+        results=lambda w: STUDY.figure_results(w.figure),
+    output:
+        multiext(f"{STUDY.figures}/{{figure}}", ".pdf", ".png", ".csv"),
+        svg=report(
+            f"{STUDY.figures}/{{figure}}.svg",
+            caption="../report/figure.rst",
+            category="Charts",
+            labels={"chart": "{figure}"},
+        ),
+    params:
+        recipe=lambda w: STUDY.content("figures", w.figure),
+        code=lambda w: STUDY.code("draw_figure.py", "figures", w.figure),
+        prefix=lambda w, output: os.path.splitext(output.svg)[0],
+    wildcard_constraints:
+        figure=STUDY.pattern(STUDY.resolved.figures),
+    log:
+        f"{STUDY.root}/logs/draw_figure/{{figure}}.log",
+    benchmark:
+        f"{STUDY.root}/benchmarks/draw_figure/{{figure}}.tsv"
+    conda:
+        "../../envs/main.yaml"
+    shell:
+        "{PYTHON} workflow/scripts/draw_figure.py --figure {wildcards.figure} --recipe {params.recipe:q}"
+        " --results {input.results} --output {params.prefix} 2>&1 | tee {log}"
+
+
+rule draw_reference_figure:
+    """Draw a chart from published values alone."""
+    input:
+        published=sorted(glob.glob("reference/papers/*.csv")),
+    output:
+        multiext("figures/reference/{figure}", ".pdf", ".svg", ".png", ".csv"),
+    params:
+        code=lambda w: STUDY.code("draw_figure.py", module=f"espalier.figures.{w.figure}"),
+        prefix=lambda w, output: os.path.splitext(output[0])[0],
+    wildcard_constraints:
+        figure="|".join(plugins.names("figures")),
+    log:
+        "results/reference/logs/{figure}.log",
+    benchmark:
+        "results/reference/benchmarks/{figure}.tsv"
+    conda:
+        "../../envs/main.yaml"
+    shell:
+        "{PYTHON} workflow/scripts/draw_figure.py --figure {wildcards.figure} --published reference/papers"
+        " --output {params.prefix} 2>&1 | tee {log}"
+
+
+rule figures:
+    input:
+        expand(f"{STUDY.figures}/{{figure}}.svg", figure=STUDY.resolved.figures),
+
+
+rule reference_figures:
+    input:
+        expand("figures/reference/{figure}.svg", figure=plugins.names("figures")),
+
+
+# Each chart has a target of its own name: snakemake size_tradeoff.
+for name in STUDY.resolved.figures:
+
+    rule:
+        name:
+            name
+        input:
+            f"{STUDY.figures}/{name}.svg",

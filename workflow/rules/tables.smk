@@ -1,0 +1,63 @@
+"""Tables: tidy rows of raw results.
+
+In:  raw results
+Out: tables/metrics.csv  tables/quantization.json
+"""
+
+TABLES = [f"{STUDY.root}/tables/metrics.csv"]
+
+
+rule make_metrics:
+    """Make the tidy table of everything that was measured."""
+    input:
+        results=STUDY.raw_results(),
+    output:
+        table=report(
+            f"{STUDY.root}/tables/metrics.csv",
+            caption="../report/metrics.rst",
+            category="Tables",
+            labels={"table": "every metric"},
+        ),
+    params:
+        code=STUDY.code("make_metrics.py"),
+    log:
+        f"{STUDY.root}/logs/make_metrics.log",
+    benchmark:
+        f"{STUDY.root}/benchmarks/make_metrics.tsv"
+    conda:
+        "../../envs/main.yaml"
+    shell:
+        "{PYTHON} workflow/scripts/make_metrics.py --results {input.results} --output {output.table} 2>&1 | tee {log}"
+
+
+if "quantization_tradeoff" in STUDY.resolved.figures:
+    TABLES.append(f"{STUDY.root}/tables/quantization.json")
+
+    rule make_quantization_table:
+        """Make the table of quantized variants with the published table's names and keys."""
+        input:
+            results=STUDY.figure_results("quantization_tradeoff"),
+        output:
+            table=report(
+                f"{STUDY.root}/tables/quantization.json",
+                caption="../report/quantization.rst",
+                category="Tables",
+                labels={"table": "quantized variants"},
+            ),
+        params:
+            recipe=lambda w: STUDY.content("figures", "quantization_tradeoff"),
+            code=STUDY.code("make_quantization_table.py"),
+        log:
+            f"{STUDY.root}/logs/make_quantization_table.log",
+        benchmark:
+            f"{STUDY.root}/benchmarks/make_quantization_table.tsv"
+        conda:
+            "../../envs/main.yaml"
+        shell:
+            "{PYTHON} workflow/scripts/make_quantization_table.py --recipe {params.recipe:q} --results {input.results}"
+            " --output {output.table} 2>&1 | tee {log}"
+
+
+rule tables:
+    input:
+        TABLES,

@@ -1,0 +1,44 @@
+"""Draw a chart, from raw results or from published values, as PDF, SVG and PNG, with the plotted numbers as CSV.
+
+python workflow/scripts/draw_figure.py --figure size_tradeoff --published reference/papers --output figures/size_tradeoff
+python workflow/scripts/draw_figure.py --figure size_tradeoff --recipe '{"title": …}' --results a.json b.json --output size
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from espalier import cli, plugins, tables
+from espalier.errors import UserError
+from espalier.files import whole_file
+from espalier.recipes import build
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--figure", choices=plugins.names("figures"), required=True, help="which chart")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", type=cli.mapping, help="JSON: what a chart of measured values plots")
+    source.add_argument("--published", type=Path, help="folder of published values, to draw these alone")
+    parser.add_argument("--results", type=Path, nargs="*", default=[], help="raw results (JSON)")
+    parser.add_argument("--output", type=Path, required=True, help="path to write to, without a suffix")
+    arguments = parser.parse_args(argv)
+    module = plugins.load("figures", arguments.figure)
+    from espalier.figures import style
+
+    if arguments.published:
+        points, title = module.published(arguments.published), module.PUBLISHED_TITLE
+    else:
+        content = {key: value for key, value in arguments.recipe.items() if key != "figures"}
+        recipe = build(module.Recipe, content, f"figures.{arguments.figure}")
+        points = module.measured(recipe, tables.frame(tables.read(path) for path in arguments.results))
+        title = recipe.title
+    if points.empty:
+        raise UserError(f"There is nothing to draw in {arguments.figure}: no result matches its recipe.")
+    style.save(module.draw(points, title), arguments.output)
+    with whole_file(arguments.output.with_suffix(".csv")) as partial:
+        points.to_csv(partial, index=False)
+
+
+if __name__ == "__main__":
+    cli.run(main)

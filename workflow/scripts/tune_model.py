@@ -1,0 +1,26 @@
+"""Train a model further by a method of espalier/tune: LoRA, or a classification head on a task.
+
+python workflow/scripts/tune_model.py --parent results/demo/runs/tiny-llama/s0/dense/model \\
+    --recipe '{"tune": "lora", "steps": 60, "dataset": {…}}' \\
+    --output my/model --step my/step.json --study demo --model-name tiny-llama --seed 0 --chain dense+mine --name mine
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from espalier import cli, jobs
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--parent", type=Path, required=True, help="checkpoint folder to start from")
+    cli.add_recipe(parser, "tune")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--step", type=Path, required=True, help="JSON file to write: what was done")
+    cli.add_identity(parser)
+    jobs.step("tune", parser.parse_args(argv), Path(__file__))
+
+
+if __name__ == "__main__":
+    cli.run(main)
