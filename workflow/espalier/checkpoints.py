@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espalier import gptq_loading
 from espalier.errors import UserError
 from espalier.files import read_json, write_json
 
@@ -80,13 +82,14 @@ def refer(folder: Path, reference: dict) -> dict:
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{source} holds no safetensors weights; other formats can run code when loaded and are refused.")
-    parameters = sum(_count_parameters(file) for file in weights)
+    sizes = [_sizes(file) for file in weights]
+    parameters = sum(count for count, _ in sizes)
     info = {
         **{key: reference[key] for key in ("id", "revision", "task", "dtype", "trust_remote_code")},
         "format": "reference",
         "path": str(source) if reference["path"] else None,
         "parameters": parameters,
-        "bits": 8 * sum(file.stat().st_size for file in weights) // parameters,
+        "bits": 8 * sum(size for _, size in sizes) / parameters,
     }
     write_description(folder, info)
     return {"sha256": {file.name: _sha256(file) for file in weights}}
@@ -122,7 +125,7 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
 
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         if info["format"] == "gptqmodel":
-            model = _load_gptq(source, device, options)
+            model = gptq_loading.load(source, weights_dtype(folder), device, **options)
         else:
             model = _load_transformers(source, revision, TASKS[task], info, device, options)
     except (OSError, ValueError, RuntimeError, KeyError) + _safetensors_error() as error:
@@ -131,6 +134,28 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Checkpoint(model, tokenizer, info, folder, device)
+
+
+def weights_folder(folder: Path) -> Path:
+    """Return the folder that holds the weights: the checkpoint's own, or the one that a reference points to."""
+    info = describe(folder)
+    if info["format"] != "reference":
+        return Path(folder)
+    return Path(info["path"]) if info["path"] else _download(info["id"], info["revision"])
+
+
+def weights_dtype(folder: Path) -> str:
+    """Return the dtype in which a checkpoint computes: what its description says, else what its config.json says."""
+    stated = describe(folder).get("dtype")
+    if stated not in (None, "auto"):
+        return stated
+    config = read_json(weights_folder(folder) / "config.json")
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a checkpoint's weight files on disk."""
+    return sum(file.stat().st_size for file in weights_folder(folder).glob("*.safetensors"))
 
 
 def logical_parameters(model: PreTrainedModel) -> int:
@@ -149,15 +174,18 @@ def _download(name: str, revision: str) -> Path:
         raise UserError(f"The model {name}, revision {revision}, cannot be downloaded: {_first_line(error)}") from error
 
 
-def _count_parameters(file: Path) -> int:
-    """Return the number of values in a safetensors file, from its header; refuses a truncated one."""
+def _sizes(file: Path) -> tuple[int, int]:
+    """Return the number of values in a safetensors file and their bytes, from its header; refuses a truncated one."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as tensors:
-            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+            slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118
+            counts = [math.prod(part.get_shape()) for part in slices]
+            bits = [int(re.search(r"\d+", part.get_dtype())[0]) for part in slices]
     except SafetensorError as error:
         raise UserError(f"{file} is damaged: {_first_line(error)}") from error
+    return sum(counts), sum(count * width for count, width in zip(counts, bits, strict=True)) // 8
 
 
 def _sha256(file: Path) -> str:
@@ -176,13 +204,6 @@ def _load_transformers(source, revision, auto_class: str, info: dict, device: st
         source, revision=revision, trust_remote_code=info.get("trust_remote_code", False), **options
     )
     return model if info["format"] == "bitsandbytes" else model.to(device)
-
-
-def _load_gptq(source: Path, device: str, options: dict):
-    from gptqmodel import GPTQModel
-
-    # Without a dtype GPTQModel computes in bfloat16; results would not compare with the unquantized model's.
-    return GPTQModel.load(str(source), device=device, **options).model
 
 
 def _safetensors_error() -> tuple[type[Exception], ...]:

@@ -49,10 +49,10 @@ class Config:
 class Measure:
     """Suites and workloads to run on some variants of a model."""
 
-    model: str
-    chains: list[str]
-    suites: list[str] = field(default_factory=list)
-    workloads: list[str] = field(default_factory=list)
+    model: str  # name of a model
+    chains: list[str]  # variants: dense, or dense+recipe+recipe
+    suites: list[str] = field(default_factory=list)  # names of suites
+    workloads: list[str] = field(default_factory=list)  # names of workloads
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Resolved:
 
 def resolve(mapping: dict, file: str, results: str = "results") -> Resolved:
     """Return the checked study of a config mapping; `file` opens each error message. Raises UserError."""
-    config = build(Config, expand(mapping, file), file)
+    config = build(Config, expand(mapping, file), f"{file}:")
     _check_names(config, file)
     models, pretrain_entries = {}, {}
     datasets, generated = _datasets(config, file, results)

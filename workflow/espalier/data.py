@@ -39,9 +39,9 @@ class Text:
     """Documents: one column of one split of a dataset."""
 
     dataset: Dataset
-    split: str
-    config: str | None = None
-    column: str = "text"
+    split: str  # of the dataset
+    config: str | None = None  # subset of the dataset
+    column: str = "text"  # the rows' column that holds the documents
 
     def documents(self) -> list[str]:
         """Return the non-empty documents, in the dataset's order."""
@@ -62,9 +62,9 @@ class Calibration:
     """
 
     text: Text
-    samples: int
-    length: int
-    seed: int = 1234
+    samples: int  # windows
+    length: int  # tokens a window
+    seed: int = 1234  # of the order in which documents are taken
 
     def check(self) -> None:
         if self.samples < 1 or self.length < 2:

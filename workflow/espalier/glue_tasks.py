@@ -87,10 +87,10 @@ def pad(tokenizer: PreTrainedTokenizerBase, items: list[dict], device: str) -> d
 
     lengths = [len(item["input_ids"]) for item in items]
     longest = max(lengths)
-    fill = {"input_ids": tokenizer.pad_token_id}
-    batch = {
-        key: torch.tensor([item[key] + [fill.get(key, 0)] * (longest - len(item[key])) for item in items], device=device)
-        for key in items[0]
-    }
+    batch = {}
+    for key in items[0]:
+        fill = tokenizer.pad_token_id if key == "input_ids" else 0
+        padded = [item[key] + [fill] * (longest - len(item[key])) for item in items]
+        batch[key] = torch.tensor(padded, device=device)
     batch["attention_mask"] = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long().to(device)
     return batch

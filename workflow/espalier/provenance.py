@@ -25,8 +25,8 @@ PACKAGES = ("torch", "transformers", "peft", "lm-eval", "gptqmodel", "bitsandbyt
 def code_version(script: Path, modules: Iterable[str] = ()) -> str:
     """Return 16 hex digits for `script`, the espalier `modules` (dotted names) and all espalier modules they import."""
     files = set(_closure(script))
-    for name in modules:
-        files |= _closure(_module_file(name))
+    for file in _module_files(modules):
+        files |= _closure(file)
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: (file != script, file)):
         name = file.relative_to(LIBRARY) if file.is_relative_to(LIBRARY) else file.name
@@ -60,12 +60,14 @@ def _imports(file: Path) -> tuple[Path, ...]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, (_package(file, node.level), node.module)))
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    files = set()
-    for name in names:
-        if name == "espalier" or name.startswith("espalier."):
-            parts = name.split(".")
-            files |= {_module_file(".".join(parts[:i])) for i in range(1, len(parts) + 1)}
-    return tuple(sorted(file for file in files if file))
+    return tuple(sorted(_module_files(name for name in names if name.split(".")[0] == "espalier")))
+
+
+def _module_files(names: Iterable[str]) -> set[Path]:
+    """Return the files of espalier modules and of the packages that hold them; a name inside a module adds nothing."""
+    parts = [name.split(".") for name in names]
+    files = {_module_file(".".join(name[:i])) for name in parts for i in range(1, len(name) + 1)}
+    return {file for file in files if file}
 
 
 def _package(file: Path, level: int) -> str:

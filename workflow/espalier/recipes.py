@@ -33,32 +33,40 @@ def fields_of(cls: type) -> dict[str, tuple[Any, bool]]:
 
 
 def build(cls: type[T], mapping: object, where: str) -> T:
-    """Return `cls` filled from `mapping`; `where` (a path of keys, such as `recipes.lora`) opens each error message.
+    """Return `cls` filled from `mapping`; `where` (a path of keys, or a file and ":") opens each error message.
 
     Raises UserError for a missing or unknown key, a value of the wrong type, or one outside a Literal's choices. A
     dataclass may define `check(self)`, which raises ValueError with a sentence about values that do not go together.
     """
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{where}: expected a mapping of keys, found {_say(mapping)}.")
+        raise UserError(f"{_colon(where)} expected a mapping of keys, found {_say(mapping)}.")
     fields = fields_of(cls)
     for key in mapping:
         if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, fields)}")
+            raise UserError(f"{_colon(where)} unknown key '{key}'.{did_you_mean(key, fields)}")
     for key, (_, required) in fields.items():
         if required and key not in mapping:
-            raise UserError(f"{where}: the key '{key}' is missing.")
-    value = cls(**{key: _convert(fields[key][0], item, f"{where}.{key}") for key, item in mapping.items()})
+            raise UserError(f"{_colon(where)} the key '{key}' is missing.")
+    value = cls(**{key: _convert(fields[key][0], item, f"{_dot(where)}{key}") for key, item in mapping.items()})
     if hasattr(value, "check"):
         try:
             value.check()
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{_colon(where)} {error}") from None
     return value
 
 
 def as_dict(recipe: object) -> dict:
     """Return a built recipe as plain JSON-able values."""
     return dataclasses.asdict(recipe)  # type: ignore[call-overload]
+
+
+def _colon(where: str) -> str:
+    return where if where.endswith(":") else f"{where}:"
+
+
+def _dot(where: str) -> str:
+    return f"{where} " if where.endswith(":") else f"{where}."
 
 
 def _convert(kind: Any, value: object, where: str) -> Any:
@@ -110,7 +118,7 @@ def _convert_union(choices: tuple, value: object, where: str) -> Any:
 
 
 def _name(kind: type) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping of keys"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 

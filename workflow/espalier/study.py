@@ -135,7 +135,17 @@ class Study:
             needs = module.needs(step.recipe)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return sorted({one for need in needs for one in self._expand(*need, where)})
+        wanted = sorted({one for need in needs for one in self._expand(*need, where)})
+        self._check_tasks(step, where)
+        return wanted
+
+    def _check_tasks(self, step: Step, where: str) -> None:
+        """Refuse a chart of tasks that its suite does not score: the chart would fail after all jobs have run."""
+        plotted, suite = getattr(step.recipe, "tasks", {}), getattr(step.recipe, "suite", None)
+        scored = getattr(self.resolved.suites[suite].recipe, "tasks", None) if isinstance(suite, str) else None
+        for task in plotted if scored is not None else ():
+            if task not in scored:
+                raise UserError(f"{where}.tasks: the suite '{suite}' has no task '{task}'.{did_you_mean(task, scored)}")
 
     def _expand(self, model: str, chain: str, kind: str, name: str, where: str) -> list[Wanted]:
         """Return one Wanted a seed, after checking that model, chain and suite or workload exist and go together."""
@@ -148,7 +158,7 @@ class Study:
             raise UserError(f"{where}: there is no {section[:-1]} '{name}'.{did_you_mean(name, known)}")
         chains.check(chain, self.stages, where)
         task = self._task(model, chain, where)
-        takes = getattr(plugins.load(kind, known[name].method), "TAKES", (task,))  # TEMP
+        takes = plugins.load(kind, known[name].method).TAKES
         if task not in takes:
             raise UserError(
                 f"{where}: {section}.{name} measures {' or '.join(takes)} models, but {model} with the chain '{chain}'"
@@ -159,11 +169,11 @@ class Study:
     def _task(self, model: str, chain: str, where: str) -> str:
         """Return what kind of model a chain ends in; refuses a method that cannot take what comes before it."""
         entry = self.resolved.models[model]
-        task = getattr(plugins.load("pretrain", entry.pretrain), "GIVES", "causal-lm") if entry.pretrain else entry.task
+        task = plugins.load("pretrain", entry.pretrain).GIVES if entry.pretrain else entry.task
         for token in chain.split("+")[1:]:
             step = self.resolved.recipes[token]
             module = plugins.load(step.kind, step.method)
-            if task not in getattr(module, "TAKES", (task,)):
+            if task not in module.TAKES:
                 raise UserError(
                     f"{where}: the chain '{chain}' of {model} makes no sense: '{token}' ({step.kind}: {step.method})"
                     f" takes a {' or '.join(module.TAKES)} model, and finds a {task} model."

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from espalier.errors import UserError
 from espalier.files import read_json
-from espalier.results import IDENTITY, VERSION, path_of
+from espalier.results import VERSION, path_of
 
 if TYPE_CHECKING:
     import pandas
 
+SCHEMA = Path(__file__).parents[1] / "schemas" / "result.schema.json"
 COLUMNS = (
     *("study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"),
     *("engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "device"),
@@ -80,17 +83,19 @@ def _order(row: dict) -> tuple:
     return *identity, *conditions, row["task"], row["metric"]
 
 
+@cache
+def _validator():
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
 def _validate(result: object, path: Path) -> None:
-    keys = ("version", "kind", "identity", "recipe", "checkpoint", "measurements", "samples", "provenance")
-    if not isinstance(result, dict) or any(key not in result for key in keys):
-        missing = [key for key in keys if not isinstance(result, dict) or key not in result]
-        raise UserError(f"{path} is not a raw result of Espalier: it lacks {', '.join(missing)}. Delete it to remake it.")
-    if result["version"] != VERSION:
-        raise UserError(f"{path} has format version {result['version']}, this Espalier reads {VERSION}. Delete it to remake it.")
-    for key in IDENTITY:
-        if key not in result["identity"]:
-            raise UserError(f"{path}: the identity lacks '{key}'. Delete the file to remake it.")
-    for measurement in result["measurements"]:
-        unknown = set(measurement) - set(COLUMNS)
-        if unknown or not {"task", "metric", "value", "unit"} <= set(measurement):
-            raise UserError(f"{path}: a measurement has the wrong keys: {sorted(measurement)}. Delete the file to remake it.")
+    if isinstance(result, dict) and result.get("version", VERSION) != VERSION:
+        problem = f"its format version is {result['version']}, and this Espalier reads {VERSION}"
+    else:
+        error = next(iter(sorted(_validator().iter_errors(result), key=lambda error: list(map(str, error.path)))), None)
+        if error is None:
+            return
+        problem = f"{'.'.join(map(str, error.path)) or 'the whole'}: {error.message[:200]}"
+    raise UserError(f"{path} is not a raw result of Espalier ({problem}). Delete it, and the workflow makes it again.")

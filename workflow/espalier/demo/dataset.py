@@ -98,7 +98,7 @@ def _glue_row(task: str, inputs: tuple[str, ...], label: float, index: int) -> d
 def _glue_validation(world: World, held: Held, task: str, split: str, count: int) -> Iterator[dict[str, Any]]:
     rng, index = world.stream(f"glue/{task}/{split}"), 0
     while index < count:
-        inputs, label = example(world, task, split, rng)
+        inputs, label = example(task, split, rng)
         if held.add(*inputs):
             yield _glue_row(task, inputs, label, index)
             index += 1
@@ -107,7 +107,7 @@ def _glue_validation(world: World, held: Held, task: str, split: str, count: int
 def _glue_train(world: World, held: Held, task: str, count: int) -> Iterator[dict[str, Any]]:
     rng, index = world.stream(f"glue/{task}/train"), 0
     while index < count:
-        inputs, label = example(world, task, "train", rng)
+        inputs, label = example(task, "train", rng)
         if not held.holds(*inputs):
             yield _glue_row(task, inputs, label, index)
             index += 1
@@ -143,7 +143,7 @@ def _instruct(world: World, held: Held, count: int) -> Iterator[dict[str, Any]]:
 def _encoder(world: World, held: Held, count: int) -> Iterator[dict[str, Any]]:
     rng = world.stream("encoder")
     while count:
-        text, *rest = unlabelled(world, rng)
+        text, *rest = unlabelled(rng)
         if not held.holds(text, *rest):
             yield {"text": text, "pair": rest[0] if rest else ""}
             count -= 1

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
 
-    from .vocabulary import World
-
 COLUMNS = {
     "cola": ("sentence",),
     "sst2": ("sentence",),
@@ -39,6 +37,7 @@ WORD_BY_WORD = 0.2  # the share of differences that only a comparison of single 
 GOOD = words("great lovely superb charming clever warm funny bright")
 BAD = words("awful dull weak boring clumsy cold silly bleak")
 WORKS = words("film story song actor scene plot book show")
+NOUNS = tuple(noun for kind in KINDS.values() for noun in kind.members)
 NEAR_COLORS, NEAR_PLACES = COLORS[:4], PLACES[:4]
 
 
@@ -62,7 +61,7 @@ ELSEWHERE = {
     "color": ("different", "strange"),
     "where": ("elsewhere", "far away"),
 }
-SCORE_LOST = {"verb": 1.8, "where": 1.2, "color": 1.0, "who": 1.5}  # STS-B points that a difference in this slot costs
+SCORE_LOST = {"never": 1.8, "where": 1.2, "color": 1.0, "who": 1.5}  # STS-B points that a difference in this slot costs
 
 
 class Scene(NamedTuple):
@@ -83,8 +82,8 @@ def _other(pool: Sequence[Any], value: Any, rng: random.Random) -> Any:
     return rng.choice([item for item in pool if item != value])
 
 
-def _scene(world: World, rng: random.Random, never: float = 0.0) -> Scene:
-    thing = rng.choice(world.things).name
+def _scene(rng: random.Random, never: float = 0.0) -> Scene:
+    thing = rng.choice(NOUNS)
     place = "in the " + rng.choice(NEAR_PLACES)
     return Scene(rng.choice(NAMES), rng.choice(VERBS), rng.choice(NEAR_COLORS), thing, place, rng.random() < never)
 
@@ -102,7 +101,7 @@ def _reworded(scene: Scene, rng: random.Random) -> str:
     return f"The {scene.thing} that {scene.who} {doing} {scene.where} is {scene.color}."
 
 
-def _changed(world: World, scene: Scene, slots: Sequence[str], rng: random.Random) -> Scene:
+def _changed(scene: Scene, slots: Sequence[str], rng: random.Random) -> Scene:
     """The scene with these slots different, most of them in words that say so."""
     fresh: dict[str, Any] = {}
     for slot in slots:
@@ -110,7 +109,7 @@ def _changed(world: World, scene: Scene, slots: Sequence[str], rng: random.Rando
         if slot == "never":
             fresh[slot] = not value
         elif slot == "thing":
-            fresh[slot] = _other([thing.name for thing in world.things], value, rng)
+            fresh[slot] = _other(NOUNS, value, rng)
         elif slot == "verb":
             fresh[slot] = _other(VERBS, value, rng)
         elif rng.random() < WORD_BY_WORD:
@@ -121,9 +120,9 @@ def _changed(world: World, scene: Scene, slots: Sequence[str], rng: random.Rando
     return scene._replace(**fresh)
 
 
-def cola(world: World, rng: random.Random) -> tuple[Inputs, int]:
+def cola(rng: random.Random) -> tuple[Inputs, int]:
     """Acceptable sentences, and the same with two words exchanged, one missing, one too many, or no agreement."""
-    scene = _scene(world, rng, never=0.2)
+    scene = _scene(rng, never=0.2)
     good = rng.choice(
         (
             _plain(scene),
@@ -151,7 +150,7 @@ def cola(world: World, rng: random.Random) -> tuple[Inputs, int]:
     return (bad,), int(bad == good)
 
 
-def sst2(world: World, rng: random.Random) -> tuple[Inputs, int]:
+def sst2(rng: random.Random) -> tuple[Inputs, int]:
     """Praise and blame, a third of it through 'not' with the opposite word."""
     positive, negated = rng.random() < 0.5, rng.random() < 0.35
     word = rng.choice(GOOD if positive != negated else BAD)
@@ -168,17 +167,17 @@ def sst2(world: World, rng: random.Random) -> tuple[Inputs, int]:
     return (f"{before}the {work} is {'not ' if negated else ''}{word}{after} ",), int(positive)
 
 
-def mrpc(world: World, rng: random.Random) -> tuple[Inputs, int]:
+def mrpc(rng: random.Random) -> tuple[Inputs, int]:
     """A scene and its rewording, or a rewording of a scene that differs."""
-    scene, same = _scene(world, rng, never=0.3), rng.random() < 0.6
+    scene, same = _scene(rng, never=0.3), rng.random() < 0.6
     slots = ("never",), ("verb",), ("where",), ("who",), ("verb", "where"), ("who", "thing")
-    second = scene if same else _changed(world, scene, rng.choice(slots), rng)
+    second = scene if same else _changed(scene, rng.choice(slots), rng)
     return (_plain(scene), _reworded(second, rng)), int(same)
 
 
-def qqp(world: World, rng: random.Random) -> tuple[Inputs, int]:
+def qqp(rng: random.Random) -> tuple[Inputs, int]:
     """Two wordings of one question, or two questions about the same scene."""
-    who, verb, _, thing, _, _ = _scene(world, rng)
+    who, verb, _, thing, _, _ = _scene(rng)
     wordings = {
         "color": (f"What color has the {thing} of {who}?", f"The {thing} of {who} has which color?"),
         "place": (f"Where does {who} keep the {thing}?", f"In which place is the {thing} of {who}?"),
@@ -209,19 +208,19 @@ def qqp(world: World, rng: random.Random) -> tuple[Inputs, int]:
     return (wordings[form][first], second), int(same)
 
 
-def stsb(world: World, rng: random.Random) -> tuple[Inputs, float]:
+def stsb(rng: random.Random) -> tuple[Inputs, float]:
     """Five points, less what each difference costs, with a little noise."""
-    scene = _scene(world, rng)
+    scene = _scene(rng, never=0.2)
     slots = rng.sample(tuple(SCORE_LOST), rng.randint(0, 3))
-    second = _changed(world, scene, slots, rng)
+    second = _changed(scene, slots, rng)
     score = 5 - sum(SCORE_LOST[slot] for slot in slots) + rng.gauss(0, 0.2)
     wording = _reworded(second, rng) if rng.random() < 0.5 else _plain(second)
     return (_plain(scene), wording), round(min(5.0, max(0.0, score)), 3)
 
 
-def inference(world: World, rng: random.Random, genre: str | None = None) -> tuple[Inputs, int]:
+def inference(rng: random.Random, genre: str | None = None) -> tuple[Inputs, int]:
     """A premise of one genre (plain, reworded, or reported for the mismatched rows) and a hypothesis; MNLI's labels."""
-    scene, label = _scene(world, rng, never=0.25), rng.randint(0, 2)
+    scene, label = _scene(rng, never=0.25), rng.randint(0, 2)
     genre = genre or rng.choice(("plain", "reworded"))
     premise = _reworded(scene, rng) if genre == "reworded" else _plain(scene)
     if genre == "reported":
@@ -255,9 +254,9 @@ def inference(world: World, rng: random.Random, genre: str | None = None) -> tup
     return (premise, rng.choice(options)), label
 
 
-def qnli(world: World, rng: random.Random) -> tuple[Inputs, int]:
+def qnli(rng: random.Random) -> tuple[Inputs, int]:
     """A question, and a sentence that answers it or only mentions the same things."""
-    who, verb, color, thing, where, _ = _scene(world, rng)
+    who, verb, color, thing, where, _ = _scene(rng)
     kind = next(other for other, entry in KINDS.items() if thing in entry.members)
     asked = {
         "where": (f"Where does {who} keep the {thing}?", f"{who} keeps the {thing} {where}."),
@@ -283,10 +282,10 @@ def qnli(world: World, rng: random.Random) -> tuple[Inputs, int]:
     return (asked[form][0], sentence + rng.choice(("", " It is old.", " It is late."))), int(not answers)
 
 
-def rte(world: World, rng: random.Random) -> tuple[Inputs, int]:
+def rte(rng: random.Random) -> tuple[Inputs, int]:
     """Inference with two labels; neutral hypotheses are a third of the label 1."""
     while True:
-        inputs, label = inference(world, rng)
+        inputs, label = inference(rng)
         if label == 0 or rng.random() < (0.33 if label == 1 else 0.67):
             return inputs, int(label != 0)
 
@@ -303,28 +302,28 @@ GENERATORS = {
 }
 
 
-def example(world: World, task: str, split: str, rng: random.Random) -> tuple[Inputs, int | float]:
+def example(task: str, split: str, rng: random.Random) -> tuple[Inputs, int | float]:
     """One labelled example of a task's split, with the wrong label in a share of the cases."""
     if split == "validation_mismatched":
-        inputs, label = inference(world, rng, genre="reported")
+        inputs, label = inference(rng, genre="reported")
     else:
-        inputs, label = GENERATORS[task](world, rng)
+        inputs, label = GENERATORS[task](rng)
     if rng.random() < WRONG_LABELS.get(task, 0.0):
         label = _other(range(LABELS[task]), label, rng)
     return inputs, label
 
 
-def unlabelled(world: World, rng: random.Random) -> Inputs:
+def unlabelled(rng: random.Random) -> Inputs:
     """One or two sentences for masked-word pretraining; a pair says one thing twice, so a masked word can be copied."""
     draw = rng.random()
     if draw < 0.35:
-        scene = _scene(world, rng, never=0.25)
+        scene = _scene(rng, never=0.25)
         return _plain(scene), _reworded(scene, rng)
     if draw < 0.85:
         task, wanted = rng.choice((("mnli", 0), ("mnli", 2), ("qqp", 1), ("qnli", 0)))
         while True:
             genre = rng.choice(("plain", "reworded", "reported"))
-            inputs, label = inference(world, rng, genre) if task == "mnli" else GENERATORS[task](world, rng)
+            inputs, label = inference(rng, genre) if task == "mnli" else GENERATORS[task](rng)
             if label == wanted:
                 return inputs
-    return sst2(world, rng)[0]
+    return sst2(rng)[0]

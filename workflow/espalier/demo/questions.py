@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .vocabulary import BOYS, COLORS, GIRLS, JOBS, KINDS, OBJECTS, PLACES, SIZES, article
+from .vocabulary import BOYS, COLORS, GIRLS, JOBS, KINDS, OBJECTS, PLACES, article
 
 if TYPE_CHECKING:
     import random
@@ -77,38 +77,65 @@ def boolq(world: World, rng: random.Random) -> Question:
 
 
 def piqa(world: World, rng: random.Random) -> Question:
-    """Which tool does the job, or on which object it is to be used."""
-    verb, thing = rng.choice(tuple(JOBS)), rng.choice(OBJECTS)
-    tool = JOBS[verb].tool
-    (wrong,) = _others([job.tool for job in JOBS.values()], tool, 1, rng)
-    goal = rng.choice((f"How do I {verb} the {thing}?", f"How can we {verb} the {thing}?"))
-    right = f"Use the {tool} on the {thing}."
+    """How to reach a goal: half of the goals need a tool, half the knowledge of a thing's place or color."""
     if rng.random() < 0.5:
-        choices, gold = _shuffled(right, [f"Use the {wrong} on the {thing}."], rng)
+        verb, thing = rng.choice(tuple(JOBS)), rng.choice(OBJECTS)
+        (wrong,) = _others([job.tool for job in JOBS.values()], JOBS[verb].tool, 1, rng)
+        key, goal = (verb, thing), f"How do I {verb} the {thing}?"
+        right, tempting = f"Use the {JOBS[verb].tool} on the {thing}.", f"Use the {wrong} on the {thing}."
     else:
-        choices, gold = _shuffled(right, [f"Use the {tool} on the {_others(OBJECTS, thing, 1, rng)[0]}."], rng)
+        name, _, color, place, _ = rng.choice(world.things)
+        form, goal, answer, pool, solution = rng.choice(
+            (
+                ("place", f"How do I find the {name}?", place, PLACES, "Go to the {}."),
+                ("color", f"How do I draw the {name}?", color, COLORS, "Use the {} pen."),
+            )
+        )
+        key = (form, name)
+        right, tempting = solution.format(answer), solution.format(*_others(pool, answer, 1, rng))
+    choices, gold = _shuffled(right, [tempting], rng)
     record = {"goal": goal, "sol1": choices[0], "sol2": choices[1], "label": gold}
     identity = (goal, *sorted(choices))
-    return Question(("piqa", verb, thing), record, f"Question: {goal}\nAnswer:", right, choices, gold, identity)
+    return Question(("piqa", *key), record, f"Question: {goal}\nAnswer:", right, choices, gold, identity)
+
+
+def _deed(verb: str, succeeds: bool, thing: str) -> str:
+    return f"{JOBS[verb].third} the {thing}." if succeeds else f"can not {verb} the {thing}."
 
 
 def hellaswag(world: World, rng: random.Random) -> Question:
-    """Whether the deed that belongs to the tool succeeds; one in four items also has it on a wrong object."""
-    verb, thing = rng.choice(tuple(JOBS)), rng.choice(OBJECTS)
-    job, succeeds, about_tool = JOBS[verb], rng.random() < 0.5, rng.random() < 0.5
+    """What someone does next: a third work with a tool fit for it or not, the others draw a thing or travel to it."""
     name, pronoun = (rng.choice(GIRLS), "she") if rng.random() < 0.5 else (rng.choice(BOYS), "he")
-
-    def deed(verb: str, succeeds: bool, thing: str) -> str:
-        return f"{JOBS[verb].third} the {thing}." if succeeds else f"can not {verb} the {thing}."
-
-    right = deed(verb, succeeds, thing)
-    wrong = [deed(verb, not succeeds, thing)]
-    wrong += [deed(other, rng.random() < 0.5, thing) for other in _others(tuple(JOBS), verb, 2, rng)]
-    if rng.random() < 0.25:
-        wrong[2] = deed(verb, succeeds, _others(OBJECTS, thing, 1, rng)[0])
+    label = rng.choice(("Work", "Trip", "Art"))
+    if label == "Work":
+        verb, thing = rng.choice(tuple(JOBS)), rng.choice(OBJECTS)
+        job, succeeds = JOBS[verb], rng.random() < 0.5
+        right = _deed(verb, succeeds, thing)
+        wrong = [_deed(verb, not succeeds, thing)]
+        wrong += [_deed(other, rng.random() < 0.5, thing) for other in _others(tuple(JOBS), verb, 2, rng)]
+        state = f"The {job.tool} is {job.helps if succeeds else job.yields}."
+        key, start = (verb, thing), f"{name} takes the {job.tool} and the {thing}. {state}"
+    else:
+        named = rng.choice(world.things)
+        key, start, answer, pool, ending = {
+            "Trip": (
+                ("place", named.name),
+                f"{name} wants to see the {named.name}.",
+                named.place,
+                PLACES,
+                "goes to the {}.",
+            ),
+            "Art": (
+                ("color", named.name),
+                f"{name} makes a picture of the {named.name}.",
+                named.color,
+                COLORS,
+                "paints it {}.",
+            ),
+        }[label]
+        right, *wrong = (ending.format(word) for word in (answer, *_others(pool, answer, 3, rng)))
     choices, gold = _shuffled(right, wrong, rng)
-    state = f"The {job.tool if about_tool else thing} is {job.helps if succeeds == about_tool else job.yields}."
-    label, start, end = "Work", f"{name} takes the {job.tool} and the {thing}. {state}", f"then {pronoun}"
+    end = f"then {pronoun}"
     record = {
         "activity_label": label,
         "ctx_a": start,
@@ -118,7 +145,7 @@ def hellaswag(world: World, rng: random.Random) -> Question:
         "label": str(gold),
     }
     prompt = f"{label}: {start} {end.capitalize()}"
-    return Question(("hellaswag", verb, thing), record, prompt, right, choices, gold, (prompt, *sorted(choices)))
+    return Question(("hellaswag", *key), record, prompt, right, choices, gold, (prompt, *sorted(choices)))
 
 
 def winogrande(world: World, rng: random.Random) -> Question:
@@ -178,26 +205,17 @@ def arc_challenge(world: World, rng: random.Random) -> Question:
 
 
 def openbookqa(world: World, rng: random.Random) -> Question:
-    """What follows from a thing's kind; half of the stems name two things, and the asked one only by its size."""
-    name, kind, *_ = rng.choice(world.things)
-    form, ending, after_size = rng.choice(
+    """A sentence to be completed with what is known of a thing or follows from its kind."""
+    name, kind, color, place, _ = rng.choice(world.things)
+    form, stem, answer, pool = rng.choice(
         (
-            ("need", "Every day the {} looks for", "looks for"),
-            ("act", "To move away, the {} will", "will"),
-            ("part", "On the body of the {} we see", "has"),
+            ("need", f"If the {name} is hungry, it looks for", KINDS[kind].need, [k.need for k in KINDS.values()]),
+            ("part", f"On the body of the {name} we see", KINDS[kind].part, [k.part for k in KINDS.values()]),
+            ("color", f"A good picture of the {name} is", color, COLORS),
+            ("place", f"To visit the {name}, walk to the", place, PLACES),
         )
     )
-    answer, pool = getattr(KINDS[kind], form), [getattr(entry, form) for entry in KINDS.values()]
-    if rng.random() < 0.5:
-        stem, wrong = ending.format(name), _others(pool, answer, 3, rng)
-    else:
-        other = rng.choice([thing for thing in world.things if thing.kind != kind])
-        size, other_size = rng.sample(SIZES, 2)
-        parts = [f"the {size} one is the {name}", f"the {other_size} one is the {other.name}"]
-        rng.shuffle(parts)
-        stem = f"Here {parts[0]} and {parts[1]}. The {size} one {after_size}"
-        tempting = getattr(KINDS[other.kind], form)
-        wrong = [tempting, *_others([word for word in pool if word != tempting], answer, 2, rng)]
+    wrong = _others(pool, answer, 3, rng)
     return _lettered(("openbookqa", form, name), "question_stem", stem, stem, answer, wrong, rng)
 
 

@@ -60,6 +60,8 @@ KINDS = {
 COLORS = words("red blue green yellow white black brown gray")
 PLACES = words("forest garden river field city barn hill lake")
 SIZES = ("small", "big")
+VARIETIES = words("north south east west royal")
+NAMED_MEMBERS = 2  # of each kind, in all varieties
 GIRLS = words("Anna Mary Lucy Emma Kate Rose Jane Sara")
 BOYS = words("Tom Jack Paul Mark Luke Sam Bill Fred")
 NAMES = GIRLS + BOYS
@@ -93,7 +95,9 @@ def normal(text: str) -> str:
 class World:
     """The things of one seed and the fold of held-out questions.
 
-    Colors and places are spread evenly inside each kind, so that the kind does not give them away.
+    Things have names of two words ("north robin"): the color and place belong to the two together, so a model has to
+    combine the words before it can recall anything, and no single embedding can hold the answer. Colors and places are
+    spread evenly inside each kind, so that the kind does not give them away.
     """
 
     def __init__(self, seed: int) -> None:
@@ -102,11 +106,12 @@ class World:
         rng = self.stream("attributes")
         things = []
         for kind, (_, _, _, members) in KINDS.items():
-            colors = list((COLORS * 2)[: len(members)])
-            places = list((PLACES * 2)[: len(members)])
+            names = [f"{variety} {member}" for member in members[:NAMED_MEMBERS] for variety in VARIETIES]
+            colors = list((COLORS * 2)[: len(names)])
+            places = list((PLACES * 2)[: len(names)])
             rng.shuffle(colors)
             rng.shuffle(places)
-            for name, color, place in zip(members, colors, places, strict=True):
+            for name, color, place in zip(names, colors, places, strict=True):
                 things.append(Thing(name, kind, color, place, rng.choice(SIZES)))
         self.things = tuple(things)
 

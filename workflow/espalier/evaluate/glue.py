@@ -82,7 +82,7 @@ def predict(checkpoint: Checkpoint, recipe: Recipe, found: list[dict], device: s
 
 
 def scored(metric: str, predictions: list, labels: list, seed: int) -> dict:
-    """Return value and stderr of a metric; a correlation with something constant has neither, and an outcome instead."""
+    """Return value and stderr of a metric; a correlation with something constant has an outcome instead."""
     import numpy
 
     guesses, truth = numpy.asarray(predictions, dtype=float), numpy.asarray(labels, dtype=float)

@@ -2,8 +2,8 @@
 
 Each choice is scored by the sum of its tokens' log-probabilities after the context. `acc` takes the most likely choice,
 `acc_norm` the one with the most log-probability a character of its text; of equals, the first. The standard error of a
-fraction p is the harness's: sqrt(p (1 - p) / (n - 1)). Which special tokens open the context is the tokenizer's default:
-Llama's own tokenizers put BOS there, the demo's tokenizer puts nothing.
+fraction p is the harness's: sqrt(p (1 - p) / (n - 1)). Which special tokens open the context is the tokenizer's own
+choice: Llama's put BOS there, the demo's puts nothing.
 """
 
 from __future__ import annotations
@@ -59,23 +59,27 @@ def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -
         from lm_eval.evaluator import simple_evaluate
 
         tasks, manager = _local_tasks(recipe) if recipe.dataset else _named_tasks(recipe.tasks)
-        found = simple_evaluate(
-            model=_language_model(checkpoint, recipe.batch_size),
-            tasks=tasks,
-            task_manager=manager,
-            num_fewshot=recipe.num_fewshot,
-            limit=recipe.limit,
-            bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        try:
+            found = simple_evaluate(
+                model=_language_model(checkpoint, recipe.batch_size),
+                tasks=tasks,
+                task_manager=manager,
+                num_fewshot=recipe.num_fewshot,
+                limit=recipe.limit,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except OSError as error:
+            names = ", ".join(recipe.tasks)
+            raise UserError(f"The data of the tasks {names} cannot be loaded: {error}.") from error
     measurements, samples = [], {}
     for task, questions in found["samples"].items():
         outcomes = {metric: [int(one[metric]) for one in questions] for metric in METRICS if metric in questions[0]}
         if not outcomes:
-            raise UserError(f"The task '{task}' has neither acc nor acc_norm, which are what Espalier's harness reports.")
+            raise UserError(f"The task '{task}' has neither acc nor acc_norm, and Espalier reports nothing else.")
         samples[task] = {"doc_ids": [one["doc_id"] for one in questions], **outcomes}
         measurements += [_measurement(task, metric, values) for metric, values in outcomes.items()]
     return Measured(measurements, samples)

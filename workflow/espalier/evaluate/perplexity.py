@@ -1,7 +1,7 @@
 """Perplexity on running text: documents joined, cut into windows that do not overlap (Kim et al. 2024, 2402.02834).
 
-All documents are joined by `joiner` and tokenized as one text, with the BOS token put before it (or not). The tokens are
-cut into windows of `window` tokens, BOS counted; a last incomplete window is dropped. Each window is scored by itself:
+All documents are joined by `joiner` and tokenized as one text, with the BOS token before it or not. The tokens are cut
+into windows of `window` tokens, BOS counted; a last incomplete window is dropped. Each window is scored by itself:
 its first token is not predicted, so a window gives window − 1 predictions. Perplexity = exp(mean negative
 log-likelihood over all predictions), natural logarithm, log-softmax in float32.
 """
@@ -81,8 +81,8 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.T
     count = len(ids) // recipe.window
     if count == 0:
         raise UserError(
-            f"The dataset '{recipe.text.dataset.name}', split '{recipe.text.split}', holds {len(ids)} tokens, fewer than"
-            f" one window of {recipe.window}."
+            f"The dataset '{recipe.text.dataset.name}', split '{recipe.text.split}', holds {len(ids)} tokens, fewer"
+            f" than one window of {recipe.window}."
         )
     return torch.tensor(ids[: count * recipe.window]).view(count, recipe.window)
 

@@ -55,6 +55,7 @@ COLUMNS = (
     "engine",
     *ORIGIN_COLUMNS,
 )
+PUBLISHED_TITLE = "FlashDecoding++: decode speed-up over HF (published)"
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ def needs(recipe: Recipe) -> list[Need]:
     """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
     for panel in recipe.panels:
         check_names(panel.series, SERIES, f"figure '{recipe.title}', panel '{panel.title}'")
-    return [
+    found = (
         Need(panel.model, panel.chain, "profile", workload)
         for panel in recipe.panels
         for workload in panel.series.values()
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:

@@ -61,6 +61,7 @@ SCORES = {
     "stsb": (("stsb", "pearson"), ("stsb", "spearman")),
 }
 COLUMNS = ("panel", "metric", "series", "bits", *ESTIMATE_COLUMNS, "chain", *ORIGIN_COLUMNS)
+PUBLISHED_TITLE = "XTC: BERT on GLUE at 32, 2 and 1 bits (published)"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def needs(recipe: Recipe) -> list[Need]:
         check_names(chains, SCORES, f"{where}, {series} at {bits} bits")
         check_names(chains, recipe.suite, f"{where}, {series} at {bits} bits, a task without an entry under suite")
         found += [Need(recipe.model, chain, "evaluate", recipe.suite[task]) for task, chain in chains.items()]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _variants(recipe: Recipe) -> list[tuple[str, int, dict[str, str]]]:

@@ -42,6 +42,7 @@ COLUMNS = (
     "engine",
     *ORIGIN_COLUMNS,
 )
+PUBLISHED_TITLE = "Shortened LLaMA: latency and throughput (published)"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def needs(recipe: Recipe) -> list[Need]:
     """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
     for row in recipe.rows:
         check_names(row.series, SERIES, f"figure '{recipe.title}', row '{row.title}'")
-    return [Need(row.model, chain, "profile", recipe.workload) for row in recipe.rows for chain in row.series.values()]
+    found = (Need(row.model, chain, "profile", recipe.workload) for row in recipe.rows for chain in row.series.values())
+    return list(dict.fromkeys(found))
 
 
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
@@ -203,9 +205,9 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
     axes.grid(True)
     axes.yaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4))
     axes.set(xlabel="Latency (s)")
-    axes.margins(x=0.12)
+    axes.margins(x=0.16)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     if limits:
         axes.set_ylim(*limits)

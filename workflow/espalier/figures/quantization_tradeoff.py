@@ -77,6 +77,7 @@ COLUMNS = (
     "bits",
     *ORIGIN_COLUMNS,
 )
+PUBLISHED_TITLE = "Quantization of a 1 B model (published)"
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,12 @@ def needs(recipe: Recipe) -> list[Need]:
         if name in ROWS:
             raise UserError(f"{where}, extra_rows: '{name}' is a row of the table; name it under rows.")
     check_names(recipe.simulated, _chains(recipe), f"{where}, simulated")
-    return [
+    found = (
         Need(recipe.model, chain, kind, name)
         for chain in _chains(recipe).values()
         for kind, name in (("evaluate", recipe.suite), ("profile", recipe.workload))
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def score(accuracy: float, peak_MB: float) -> float:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SERIES = {"Ours": "#2C6FBB", "Ours + GPTQ": "#2A9D8F", "Original": "#000000", "Original + GPTQ": "#8C8C8C"}
 COLUMNS = ("panel", "series", "size", "parameters", "chain", *ESTIMATE_COLUMNS, "unit", *ORIGIN_COLUMNS)
+PUBLISHED_TITLE = "Shortened LLaMA: memory and accuracy by model size (published)"
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ class Recipe:
 def needs(recipe: Recipe) -> list[Need]:
     """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
     check_names(recipe.series, SERIES, f"figure '{recipe.title}', series")
-    return [
+    found = (
         Need(recipe.model, chain, kind, name)
         for chains in recipe.series.values()
         for chain in chains
         for kind, name in (("evaluate", recipe.suite), ("profile", recipe.workload))
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:

@@ -110,6 +110,15 @@ def frame(figure: Figure, title: str, handles: Sequence = (), footer: Iterable[s
     engine.set(rect=(0, bottom / total, 1, height / total), w_pad=0.06, h_pad=0.05)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    _round_places(figure)
+
+
+def _round_places(figure: Figure) -> None:
+    # The layout's solver differs in the last bits from one run to the next, and an SVG's ids hash all bits.
+    for part in figure.subfigs:
+        part.bbox_relative.p0, part.bbox_relative.p1 = part.bbox_relative.p0.round(6), part.bbox_relative.p1.round(6)
+    for axes in figure.axes:
+        axes.set_position([round(number, 6) for number in axes.get_position().bounds])
 
 
 def _fill(sentences: Sequence[str], width: int) -> list[str]:

@@ -42,9 +42,9 @@ class Recipe:
     init_std: float = 0.04
     window: int = 64  # tokens of one training sample; documents are joined by the end token and cut into windows
     batch: int = 16
-    steps: int = 800
+    steps: int = 1200
     muon_lr: float = 0.02
-    adamw_lr: float = 1.5e-3
+    adamw_lr: float = 8e-3
     weight_decay: float = 0.05  # of the matrices
     warmup: float = 0.05  # share of the steps
 

@@ -8,6 +8,7 @@ that start a model of this size does not learn to compare two sentences in the s
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNKNOWN, CLASS, SEPARATOR, MASK = range(5)
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
 STEPS_A_REPORT = 25
 
 
@@ -40,7 +42,7 @@ class Recipe:
     mlp: int = 512
     max_tokens: int = 64  # of a sentence or a pair
     batch: int = 64
-    steps: int = 150
+    steps: int = 320
     lr: float = 2e-3
     masked: float = 0.25  # share of the words
     warmup: float = 0.1  # share of the steps
@@ -48,6 +50,8 @@ class Recipe:
     def check(self) -> None:
         if self.hidden % self.heads:
             raise ValueError("'heads' must divide 'hidden'.")
+        if self.vocabulary < len(SPECIAL_TOKENS) + 2 * len(CHARACTERS):
+            raise ValueError("'vocabulary' must leave room for every character.")
         if min(self.steps, self.batch, self.layers) < 1 or not 0 < self.masked < 1:
             raise ValueError("'steps', 'batch' and 'layers' must be at least 1 and 'masked' between 0 and 1.")
 
@@ -86,23 +90,28 @@ def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, devic
 
 
 def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer with BERT's template for one or two sentences."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A lower-casing WordPiece tokenizer with BERT's template for one or two sentences.
+
+    The vocabulary is every character, as a start and as a continuation, and the most frequent words. (The library's
+    own WordPiece trainer breaks ties by the order of a hash map, so two runs of it differ.)
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     pad, unknown, classify, separator, mask = SPECIAL_TOKENS
-    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=recipe.vocabulary,
-        show_progress=False,
-        special_tokens=list(SPECIAL_TOKENS),
-        # Every letter and mark of plain English, so that no word is unknown.
-        initial_alphabet=sorted("abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"),
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(
+        word
+        for document in documents
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(document))
+        if len(word) > 1
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))
+    tokens = [*SPECIAL_TOKENS, *CHARACTERS, *(f"##{character}" for character in CHARACTERS), *frequent]
+    vocabulary = {token: index for index, token in enumerate(tokens[: recipe.vocabulary])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{classify} $A {separator}",
         pair=f"{classify} $A {separator} $B:1 {separator}:1",

@@ -113,9 +113,7 @@ def _train(checkpoint, recipe: Recipe, items: list[dict], labels: list, seed: in
     losses = []
     bar = progress(training.batches(len(items), recipe.batch_size, steps, seed), f"fine-tuning on {recipe.task}", steps)
     for step, rows in enumerate(bar):
-        training.set_learning_rate(
-            optimizer, recipe.learning_rate * training.warmup_then_linear(step, steps, warmup)
-        )
+        training.set_learning_rate(optimizer, recipe.learning_rate * training.warmup_then_linear(step, steps, warmup))
         batch = glue_tasks.pad(checkpoint.tokenizer, [items[i] for i in rows], device)
         with training.autocast(device, recipe.autocast):
             logits = model(**batch).logits

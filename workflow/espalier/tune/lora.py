@@ -1,4 +1,4 @@
-"""LoRA on prompts and responses, merged back into the weights (Hu et al. 2021, 2106.09685; Kim et al. 2024, 2402.02834).
+"""LoRA on prompts and responses, merged into the weights (Hu et al. 2021, 2106.09685; Kim et al. 2024, 2402.02834).
 
 The loss is the mean negative log-likelihood over the tokens of the responses, the end token included; prompts are read
 but not learned. The adapter with the lowest validation loss is kept, merged in float32, and saved as an ordinary
@@ -44,7 +44,7 @@ class Recipe:
     split: str = "train"
     config: str | None = None  # a subset of the dataset
     template: Literal["plain", "alpaca"] = "plain"  # columns: prompt, response; or instruction, input, output
-    separator: str = " "  # plain: stands between prompt and response, and is learned with the response
+    separator: str = ""  # plain: stands between prompt and response, and is learned with the response
     r: int = 8
     alpha: float = 16.0  # the update is alpha / r · B·A
     dropout: float = 0.05
@@ -100,7 +100,7 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     started = time.perf_counter()
     report = fit(model, checkpoint.tokenizer, train, validation, recipe, seed=seed, device=checkpoint.device)
     seconds = time.perf_counter() - started
-    merged = merge(model, getattr(torch, recipe.dtype))
+    merged = merge(model)
     checkpoints.save(merged, checkpoint.tokenizer, output, _info(checkpoint, merged, recipe))
     counts = {"train_rows": len(train), "validation_rows": len(validation), "dropped_rows": dropped}
     return {**counts, "trained_parameters": trained, "seconds": round(seconds, 2), **report}
@@ -151,7 +151,7 @@ def _pair(row: dict, recipe: Recipe) -> tuple[str, str]:
 
 
 def split_rows(items: list[dict], validation: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Return the training rows and `validation` rows drawn by the seed. Raises UserError if nothing is left to train."""
+    """Return the training rows and `validation` rows drawn by the seed. Raises UserError if none is left to train."""
     if validation >= len(items):
         raise UserError(
             f"The recipe sets {validation} of {len(items)} usable rows aside for validation and leaves none to train:"
@@ -169,8 +169,10 @@ def adapted(model: PreTrainedModel, recipe: Recipe, seed: int) -> PeftModel:
     known = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     for target in recipe.targets or ():
         if target not in known:
-            raise UserError(f"The model has no linear layer '{target}' for the LoRA recipe's 'targets'."
-                            + did_you_mean(target, known))
+            raise UserError(
+                f"The model has no linear layer '{target}' for the LoRA recipe's 'targets'."
+                + did_you_mean(target, known)
+            )
     torch.manual_seed(seed)
     config = LoraConfig(
         r=recipe.r,
@@ -234,9 +236,10 @@ def _backward(model, tokenizer, items: list[dict], recipe: Recipe, device: str) 
     tokens = sum(_learned(item) for item in items)
     total = 0.0
     for start in range(0, len(items), recipe.micro_batch):
-        part = summed_loss(model, tokenizer, items[start : start + recipe.micro_batch], recipe.autocast, device) / tokens
-        part.backward()
-        total += part.item()
+        part = items[start : start + recipe.micro_batch]
+        loss = summed_loss(model, tokenizer, part, recipe.autocast, device) / tokens
+        loss.backward()
+        total += loss.item()
     return total
 
 
@@ -273,9 +276,12 @@ def summed_loss(model, tokenizer, items: list[dict], autocast: bool, device: str
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
 
 
-def merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model with the adapter added to its weights, computed in float32 and then stored in `dtype`."""
-    return model.float().merge_and_unload().to(dtype)
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Return the model with the adapter added to its weights.
+
+    The adapter is float32 whatever the weights are, so each sum is computed in float32 and rounded once.
+    """
+    return model.merge_and_unload()
 
 
 def _learned(item: dict) -> int:

@@ -1,0 +1,40 @@
+"""Fixtures: the demo's config, and a copy of the project to edit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def demo_config() -> dict:
+    """The demo study's config, as a fresh mapping to change."""
+    return yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+def copy_project(target: Path) -> Path:
+    """Copy every file that git tracks, or would, into `target`."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        source, copy = ROOT / name, target / name
+        if source.is_file() or source.is_symlink():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy, follow_symlinks=False)
+    return target
+
+
+def snakemake(project: Path, *arguments: str, python_path: Sequence[Path] = ()) -> subprocess.CompletedProcess:
+    """Run snakemake in `project`, with the espalier of that folder."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*python_path, project / "workflow"]))}
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)

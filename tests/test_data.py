@@ -1,0 +1,52 @@
+"""Datasets and calibration sets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from espalier.data import Calibration, Dataset, Text
+from espalier.errors import UserError
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    rows = [{"text": letter * (1 + i % 5), "other": i} for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"text": " "}))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    return Dataset("letters", "local", path=str(tmp_path))
+
+
+def test_calibration_sets_are_nested_seeded_and_exact(dataset):
+    def ids(samples, seed=1):
+        return Calibration(Text(dataset, "train"), samples, 6, seed).token_ids(Letters())
+
+    assert [len(window) for window in ids(10)] == [6] * 10
+    assert ids(10)[:4] == ids(4)
+    assert ids(4) == ids(4)
+    assert ids(4, seed=2) != ids(4)
+
+
+def test_too_small_a_dataset_is_named(dataset):
+    with pytest.raises(UserError, match=r"'letters', split 'train', holds only \d+ windows of 6 tokens.*asks for 100"):
+        Calibration(Text(dataset, "train"), 100, 6).token_ids(Letters())
+
+
+def test_missing_split_column_and_damaged_line_are_named(dataset):
+    with pytest.raises(UserError, match=r"no file .*trian\.jsonl\. Did you mean 'train'"):
+        dataset.rows("trian")
+    with pytest.raises(UserError, match="has no column 'txt'. Did you mean 'text'"):
+        Text(dataset, "train", column="txt").documents()
+    with pytest.raises(UserError, match=r"broken\.jsonl, line 2, is not valid JSON"):
+        dataset.rows("broken")
+    assert len(Text(dataset, "train").documents()) == 26, "the empty document is left out"

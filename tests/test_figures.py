@@ -1,0 +1,400 @@
+"""The numbers behind each chart equal plain computations, gaps stay gaps, and absent series are named."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from espalier.errors import UserError
+from espalier.figures import (
+    Need,
+    engine_speedup,
+    glue_bits,
+    latency_throughput,
+    quantization_tradeoff,
+    size_tradeoff,
+    style,
+)
+from espalier.recipes import build
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = ROOT / "reference" / "papers"
+CHARTS = (size_tradeoff, latency_throughput, quantization_tradeoff, engine_speedup, glue_bits)
+COLUMNS = ["study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"]
+COLUMNS += ["engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "device"]
+
+
+def row(**given):
+    return dict.fromkeys(COLUMNS) | {"study": "s", "model": "m", "seed": 1, "outcome": "ok", "device": "cpu"} | given
+
+
+def frame(rows):
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def text_of(figure):
+    from matplotlib.text import Text
+
+    return " ".join(item.get_text() for item in figure.findobj(Text)).replace("\n", " ")
+
+
+# --- size_tradeoff
+TASKS = {"boolq": "acc", "hellaswag": "acc_norm"}
+
+
+def size_recipe(series, **other):
+    recipe = {"title": "Size", "model": "m", "suite": "tasks", "workload": "memory", "tasks": TASKS, "series": series}
+    recipe["memory"] = {"batch_size": 1, "input_tokens": 8, "output_tokens": 16}
+    return build(size_tradeoff.Recipe, recipe | other, "figures.size")
+
+
+def variant(chain, parameters, accuracies, peak, outcome="ok"):
+    """Rows of one chain: accuracies is {seed: (boolq, hellaswag)}; one distracting row at another batch size."""
+    rows = []
+    for seed, values in accuracies.items():
+        about = {"chain": chain, "seed": seed, "parameters": parameters}
+        for (task, metric), value, stderr in zip(TASKS.items(), values, (0.03, 0.04), strict=True):
+            scored = about | {"kind": "evaluate", "suite": "tasks", "task": task, "n": 100}
+            rows.append(row(**scored, metric=metric, value=value, stderr=stderr))
+            rows.append(row(**scored, metric="other", value=0.0))
+        memory = about | {"kind": "profile", "suite": "memory", "input_tokens": 8, "output_tokens": 16, "unit": "bytes"}
+        rows.append(row(**memory, metric="peak_allocated", value=peak, batch_size=1, outcome=outcome))
+        rows.append(row(**memory, metric="peak_allocated", value=9e9, batch_size=64))
+    return rows
+
+
+def test_size_points_are_the_mean_of_tasks_and_seeds():
+    rows = variant("dense", 652_000, {1: (0.5, 0.7), 2: (0.6, 0.9)}, 3 * 2**20)
+    rows += variant("dense+cut", 471_000, {1: (0.4, 0.5)}, 2 * 2**20)
+    points = size_tradeoff.measured(size_recipe({"Original": ["dense"], "Ours": ["dense+cut"]}), frame(rows))
+    dense = points[(points["panel"] == "accuracy") & (points["chain"] == "dense")].iloc[0]
+    means = [statistics.mean((0.5, 0.7)), statistics.mean((0.6, 0.9))]
+    assert dense["value"] == pytest.approx(100 * statistics.mean(means))
+    assert dense["stderr"] == pytest.approx(100 * math.sqrt(0.03**2 + 0.04**2) / 2)
+    assert dense["spread"] == pytest.approx(100 * statistics.stdev(means))
+    assert dense["error"] == pytest.approx(math.sqrt(dense["stderr"] ** 2 + dense["spread"] ** 2 / 2))
+    assert (dense["seeds"], dense["size"], dense["n"]) == (2, "652K", 200)
+    cut = points[(points["panel"] == "accuracy") & (points["chain"] == "dense+cut")].iloc[0]
+    assert cut["error"] == pytest.approx(2.5)
+    assert math.isnan(cut["spread"])
+    memory = points[points["panel"] == "memory"].set_index("chain")
+    assert memory["value"].to_dict() == {"dense": 3.0, "dense+cut": 2.0}
+    assert set(memory["unit"]) == {"MB"}
+
+
+def test_size_chart_keeps_an_oom_as_an_empty_value_and_names_absent_series():
+    rows = variant("dense", 652_000, {1: (0.5, 0.7)}, None, outcome="oom")
+    rows += variant("dense+cut", 471_000, {1: (0.4, 0.5)}, 2 * 2**20)
+    points = size_tradeoff.measured(size_recipe({"Original": ["dense"], "Ours": ["dense+cut"]}), frame(rows))
+    gap = points[(points["panel"] == "memory") & (points["series"] == "Original")].iloc[0]
+    assert gap["outcome"] == "oom"
+    assert math.isnan(gap["value"])
+    text = text_of(size_tradeoff.draw(points, "Title"))
+    assert "No results in this study: Ours + GPTQ, Original + GPTQ." in text
+    assert "OOM" in text
+    assert "Peak memory (MB)" in text
+
+
+def test_size_config_mistakes_are_named():
+    needed = [Need("m", "a", "evaluate", "tasks"), Need("m", "a", "profile", "memory")]
+    assert size_tradeoff.needs(size_recipe({"Ours": ["a"]})) == needed
+    with pytest.raises(UserError, match="Did you mean 'Ours'"):
+        size_tradeoff.needs(size_recipe({"Our": ["dense"]}))
+    rows = variant("a", 652_000, {1: (0.5, 0.7)}, 1.0) + variant("b", 652_100, {1: (0.5, 0.7)}, 1.0)
+    with pytest.raises(UserError, match="both 652K"):
+        size_tradeoff.measured(size_recipe({"Ours": ["a", "b"]}), frame(rows))
+    with pytest.raises(UserError, match="Did you mean 'boolq'"):
+        size_tradeoff.measured(size_recipe({"Ours": ["a"]}, tasks={"boolqq": "acc"}), frame(rows))
+
+
+# --- latency_throughput
+
+
+def timing(chain, batch, latency, seed=1, outcome="ok"):
+    about = {"kind": "profile", "suite": "speed", "chain": chain, "seed": seed, "batch_size": batch}
+    about |= {"input_tokens": 12, "output_tokens": 128, "engine": "hf", "parameters": 4.9e9, "outcome": outcome}
+    rate = None if latency is None else batch * 128 / latency
+    return [
+        row(**about, metric="latency", value=latency, stderr=None if latency is None else 0.1, unit="s"),
+        row(**about, metric="throughput", value=rate, unit="tokens/s"),
+    ]
+
+
+def latency_recipe(series):
+    rows = [{"title": "LLaMA-7B", "model": "m", "series": series}]
+    return build(latency_throughput.Recipe, {"title": "L", "workload": "speed", "rows": rows}, "figures.latency")
+
+
+def test_latency_points_average_seeds_and_keep_oom_rows():
+    rows = timing("ours", 1, 2.0) + timing("ours", 1, 4.0, seed=2) + timing("ours", 8, None, outcome="oom")
+    points = latency_throughput.measured(latency_recipe({"Ours": "ours"}), frame(rows))
+    assert list(points["batch_size"]) == [1, 8]
+    first = points.iloc[0]
+    assert first["latency"] == pytest.approx(3.0)
+    assert first["latency_error"] == pytest.approx(math.sqrt(0.1**2 + statistics.stdev((2, 4)) ** 2 / 2))
+    assert first["throughput"] == pytest.approx(statistics.mean((64, 32)))
+    assert points.iloc[1]["outcome"] == "oom"
+    assert math.isnan(points.iloc[1]["latency"])
+    text = text_of(latency_throughput.draw(points, "Title"))
+    assert "No results in this study: Original, LLM-Pruner, FLAP." in text
+    assert "OOM: Ours M8" in text
+    assert "Ours 4.9B" in text
+    assert "12 Input Tokens, 128 Output Tokens" in text
+
+
+def test_latency_refuses_two_results_for_one_point_and_unknown_series():
+    rows = timing("ours", 1, 2.0) + timing("ours", 1, 3.0)
+    with pytest.raises(UserError, match="two values of 'latency'"):
+        latency_throughput.measured(latency_recipe({"Ours": "ours"}), frame(rows))
+    with pytest.raises(UserError, match="Did you mean 'LLM-Pruner'"):
+        latency_throughput.needs(latency_recipe({"LLMPruner": "x"}))
+
+
+# --- quantization_tradeoff
+
+
+def quantization_recipe(**other):
+    recipe = {"title": "Q", "model": "m", "suite": "tasks", "tasks": TASKS, "workload": "scoring"}
+    return build(quantization_tradeoff.Recipe, recipe | other, "figures.quantization")
+
+
+def scored(chain, accuracy, seconds, peak, outcome="ok"):
+    about = {"chain": chain, "kind": "profile", "suite": "scoring", "outcome": outcome}
+    measurements = {
+        "time_per_question": seconds,
+        "tokens_per_second": None if seconds is None else 400 / seconds,
+        "peak_allocated_per_question": peak,
+    }
+    rows = [row(**about, metric=metric, value=value) for metric, value in measurements.items()]
+    for task, metric in TASKS.items():
+        place = {"chain": chain, "kind": "evaluate", "suite": "tasks", "task": task, "metric": metric}
+        rows.append(row(**place, value=accuracy, stderr=0.02, n=500))
+    return rows
+
+
+def test_quantization_row_values_have_the_tables_keys():
+    rows = scored("dense", 0.5, 0.2, 250 * 2**20) + scored("dense+gptq", 0.4, None, None, outcome="oom")
+    recipe = quantization_recipe(rows={"GPTQ 4bit calib20": "dense+gptq", "Base Model": "dense"})
+    values = quantization_tradeoff.row_values(recipe, frame(rows))
+    assert list(values) == ["Base Model", "GPTQ 4bit calib20"]
+    keys = ("accuracy", "avg_time_s", "tokens_per_s", "avg_peak_vram_MB", "score_acc_over_vram")
+    assert values["Base Model"] == pytest.approx(dict(zip(keys, (0.5, 0.2, 2000.0, 250.0, 2.0), strict=True)))
+    assert values["GPTQ 4bit calib20"]["accuracy"] == pytest.approx(0.4)
+    assert values["GPTQ 4bit calib20"]["avg_time_s"] is None
+    assert values["GPTQ 4bit calib20"]["score_acc_over_vram"] is None
+    points = quantization_tradeoff.measured(recipe, frame(rows))
+    accuracy = points[(points["row"] == "Base Model") & (points["quantity"] == "accuracy")].iloc[0]
+    assert accuracy["error"] == pytest.approx(100 * 1.959963984540054 * math.hypot(0.02, 0.02) / 2)
+    assert accuracy["high"] - accuracy["value"] == pytest.approx(accuracy["error"])
+    gap = points[(points["row"] == "GPTQ 4bit calib20") & (points["quantity"] == "score_acc_over_vram")].iloc[0]
+    assert gap["outcome"] == "oom"
+    assert math.isnan(gap["value"])
+    text = text_of(quantization_tradeoff.draw(points, "Title"))
+    assert "OOM" in text
+    assert "No results in this study: SFT Model, BnB 4-bit Model" in text
+
+
+def test_quantization_rows_are_those_of_the_table_or_extra():
+    with pytest.raises(UserError, match="Did you mean 'SFT Model'"):
+        quantization_tradeoff.needs(quantization_recipe(rows={"SFT-Model": "dense"}))
+    with pytest.raises(UserError, match="name it under rows"):
+        quantization_tradeoff.needs(quantization_recipe(rows={}, extra_rows={"SFT Model": "dense"}))
+    recipe = quantization_recipe(rows={"Base Model": "dense"}, extra_rows={"Ours 3bit": "x"}, simulated=["Ours 3bit"])
+    points = quantization_tradeoff.measured(recipe, frame(scored("dense", 0.5, 1, 1) + scored("x", 0.4, 1, 1)))
+    assert set(points[points["simulated"]]["row"]) == {"Ours 3bit"}
+    assert list(dict.fromkeys(points["row"])) == ["Base Model", "Ours 3bit"]
+
+
+def test_published_score_and_megabyte_fit_the_published_table():
+    points = quantization_tradeoff.published(PAPERS).set_index(["row", "quantity"])
+    assert list(dict.fromkeys(name for name, _ in points.index)) == list(quantization_tradeoff.ROWS)
+    for name, accuracy, score in (
+        ("Base Model", 0.4434250764525994, 0.18454535780550227),
+        ("GPTQ 4bit calib2000", 0.4490316004077472, 0.7546139444603261),
+        ("SmoothQuant W4A8 calib200", 0.43730886850152906, 0.16429010680811856),
+    ):
+        assert points.loc[(name, "accuracy"), "value"] == pytest.approx(100 * accuracy, rel=1e-12)
+        assert points.loc[(name, "score_acc_over_vram"), "value"] == pytest.approx(score, rel=1e-12)
+        # The sum over the 1962 questions is a whole number of 512-byte blocks: an MB is 2**20 bytes.
+        blocks = points.loc[(name, "avg_peak_vram_MB"), "value"] * 1962 * style.MB / 512
+        assert blocks == pytest.approx(round(blocks), abs=1e-4)
+    half = points.loc[("Base Model", "accuracy"), "error"]
+    assert half == pytest.approx(1.959963984540054 * 100 * math.sqrt((870 / 1962) * (1092 / 1962) / 1962))
+
+
+# --- engine_speedup
+
+
+def decoding(workload, batch, context, rate, seed=1, outcome="ok"):
+    place = {"kind": "profile", "suite": workload, "chain": "dense", "metric": "decode_throughput", "seed": seed}
+    condition = {"batch_size": batch, "input_tokens": context, "engine": workload, "outcome": outcome}
+    return row(**place, **condition, value=rate, stderr=None if rate is None else 0.1 * rate)
+
+
+def engine_recipe(series):
+    panels = [{"title": "(a) m", "model": "m", "chain": "dense", "series": series}]
+    return build(engine_speedup.Recipe, {"title": "E", "panels": panels}, "figures.engines")
+
+
+def test_speedup_is_the_ratio_to_hf_at_the_same_condition():
+    rows = [
+        decoding("hf", 1, 128, 10.0),
+        decoding("hf", 2, 128, 20.0),
+        decoding("hf", 2, 1024, None, outcome="oom"),
+        decoding("ours", 1, 128, 25.0),
+        decoding("ours", 2, 128, None, outcome="oom"),
+        decoding("ours", 2, 1024, 30.0),
+        decoding("trt", None, None, None, outcome="unavailable: needs an NVIDIA GPU"),
+    ]
+    recipe = engine_recipe({"HF": "hf", "Ours": "ours", "TensorRT-LLM": "trt"})
+    points = engine_speedup.measured(recipe, frame(rows))
+    found = points.dropna(subset=["batch_size"]).set_index(["series", "batch_size", "input_tokens"])
+    assert found.loc[("Ours", 1, 128), "speedup"] == pytest.approx(2.5)
+    assert found.loc[("Ours", 1, 128), "speedup_error"] == pytest.approx(2.5 * math.hypot(0.1, 0.1))
+    assert found.loc[("HF", 2, 128), "speedup"] == 1.0
+    assert found.loc[("Ours", 2, 128), "outcome"] == "oom"
+    without = found.loc[("Ours", 2, 1024)]
+    assert math.isnan(without["speedup"])
+    assert without["throughput"] == 30.0
+    assert without["outcome"] != "ok"
+    text = text_of(engine_speedup.draw(points, "Title"))
+    assert "No results in this study: vLLM, FlashDecoding, DeepSpeed, OpenPPL." in text
+    assert "TensorRT-LLM is unavailable: needs an NVIDIA GPU." in text
+    assert "batch size 2" in text
+    assert "1k" in text
+    with pytest.raises(UserError, match="Did you mean 'vLLM'"):
+        engine_speedup.needs(engine_recipe({"VLLM": "x"}))
+
+
+# --- glue_bits
+GLUE = {
+    "cola": {("cola", "mcc"): 0.5},
+    "mnli": {("mnli", "accuracy"): 0.8, ("mnli_mismatched", "accuracy"): 0.9},
+    "mrpc": {("mrpc", "accuracy"): 0.8, ("mrpc", "f1"): 0.7},
+    "qnli": {("qnli", "accuracy"): 0.6},
+    "qqp": {("qqp", "accuracy"): 0.9, ("qqp", "f1"): 0.5},
+    "rte": {("rte", "accuracy"): 0.65},
+    "sst2": {("sst2", "accuracy"): 0.95},
+    "stsb": {("stsb", "pearson"): 0.85, ("stsb", "spearman"): 0.75},
+}
+
+
+def glue_rows(chain, tasks, shift=0.0, seed=1):
+    return [
+        row(kind="evaluate", chain=f"{chain}-{task}", suite=f"glue-{task}", seed=seed, task=name, metric=metric)
+        | {"value": value + shift, "stderr": 0.02, "n": 300}
+        for task in tasks
+        for (name, metric), value in GLUE[task].items()
+    ]
+
+
+def glue_recipe(tasks, students=None):
+    recipe = {"title": "G", "model": "m", "suite": {task: f"glue-{task}" for task in tasks}}
+    recipe["teacher"] = {task: f"t-{task}" for task in tasks}
+    return build(glue_bits.Recipe, recipe | {"students": students or {}}, "figures.glue")
+
+
+def test_glue_average_counts_each_of_eight_tasks_once():
+    students = {"Budget-A": {2: {task: f"a-{task}" for task in GLUE}}}
+    rows = glue_rows("t", GLUE) + glue_rows("a", GLUE, -0.1) + glue_rows("a", GLUE, -0.2, seed=2)
+    points = glue_bits.measured(glue_recipe(GLUE, students), frame(rows)).set_index(["panel", "series", "bits"])
+    scores = [statistics.mean(parts.values()) for parts in GLUE.values()]
+    average = points.loc[("Ave. 8 Tasks", "teacher", 32)]
+    assert average["value"] == pytest.approx(100 * statistics.mean(scores))
+    assert average["stderr"] == pytest.approx(100 * 0.02 / math.sqrt(8))
+    student = points.loc[("Ave. 8 Tasks", "Budget-A", 2)]
+    assert student["value"] == pytest.approx(100 * (statistics.mean(scores) - 0.15))
+    assert student["spread"] == pytest.approx(100 * statistics.stdev((0.1, 0.2)))
+    assert student["seeds"] == 2
+    assert points.loc[("STS-B", "teacher", 32), "value"] == pytest.approx(85.0)
+    assert points.loc[("MNLI", "Budget-A", 2), "value"] == pytest.approx(65.0)
+
+
+def test_glue_says_which_tasks_are_missing():
+    points = glue_bits.measured(glue_recipe(["cola", "stsb"]), frame(glue_rows("t", ["cola", "stsb"])))
+    average = points[points["panel"] == "Ave. 8 Tasks"].iloc[0]
+    assert math.isnan(average["value"])
+    assert average["outcome"] == "missing: mnli, mrpc, qnli, qqp, rte, sst2"
+    text = text_of(glue_bits.draw(points, "Title"))
+    assert "No results: MNLI" in text
+    assert "No average without" in text
+    assert "No results in this study: Budget-A, Budget-C." in text
+
+
+def test_glue_config_mistakes_are_named():
+    with pytest.raises(UserError, match="Did you mean 'Budget-A'"):
+        glue_bits.needs(glue_recipe(["cola"], {"BudgetA": {2: {"cola": "x"}}}))
+    with pytest.raises(UserError, match="Did you mean 'cola'"):
+        glue_bits.needs(glue_recipe(["cola"], {"Budget-A": {2: {"colla": "x"}}}))
+    assert glue_bits.needs(glue_recipe(["cola"], {"Budget-C": {"1": {"cola": "x"}}})) == [
+        Need("m", "t-cola", "evaluate", "glue-cola"),
+        Need("m", "x", "evaluate", "glue-cola"),
+    ]
+
+
+# --- published values, files, imports
+
+
+def test_published_points_are_those_of_the_papers():
+    size = size_tradeoff.published(PAPERS).set_index(["panel", "series", "size"])["value"]
+    assert size[("memory", "Original", "6.7B")] == 12.4
+    assert [size[("memory", "Ours", at)] for at in ("2.7B", "3.7B", "5.5B")] == [5.2, 7.1, 10.5]
+    assert [size[("accuracy", "Ours", at)] for at in ("2.7B", "3.7B", "5.5B")] == [55.0, 57.3, 61.3]
+    assert ("memory", "Original", "2.7B") not in size.index
+    glue = glue_bits.published(PAPERS).set_index(["panel", "series", "bits"])["value"]
+    assert glue[("CoLA", "Budget-A", 1)] == 50.5
+    best = glue.unstack("series")
+    assert (best["Budget-C"] >= best["Budget-A"]).all()
+    latency = latency_throughput.published(PAPERS)
+    assert len(latency.groupby(["row", "output_tokens", "input_tokens"])) == 8
+    assert latency["certainty"].str.startswith("unreliable").all()
+    headlines = pd.read_csv(PAPERS / "engine_speedup_headlines.csv")
+    assert headlines.set_index(["against", "hardware"])["speedup"][("vLLM", "all")] == 1.24
+
+
+@pytest.mark.parametrize("file", sorted(PAPERS.glob("*.csv")), ids=lambda file: file.stem)
+def test_each_published_row_says_its_source_and_certainty(file):
+    table = pd.read_csv(file)
+    known = ("exact", "read off a chart", "derived", "from memory", "unreliable")
+    assert table["source"].notna().all()
+    assert table["certainty"].str.startswith(known).all()
+    assert file.name in (PAPERS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.__name__.rpartition(".")[2])
+def test_charts_draw_published_and_no_points(chart, tmp_path):
+    points = chart.published(PAPERS)
+    assert list(points.columns) == list(chart.COLUMNS)
+    for name in ("once", "twice"):
+        files = style.save(chart.draw(points, "Title", "A note."), tmp_path / name)
+    assert {file.suffix for file in files} == {".pdf", ".svg", ".png"}
+    assert len(list(tmp_path.iterdir())) == 6
+    for kind in ("pdf", "svg", "png"):
+        assert (tmp_path / f"once.{kind}").read_bytes() == (tmp_path / f"twice.{kind}").read_bytes()
+    assert "No results in this study" in text_of(chart.draw(points.iloc[:0], "Title"))
+
+
+def test_labels():
+    counts = {"652K": 652_000, "1.4M": 1_400_000, "110M": 110e6, "1.0M": 999_600, "4.9B": 4.917e9}
+    assert {label: style.parameters_label(count) for label, count in counts.items()} == {key: key for key in counts}
+    assert [style.length_label(n) for n in (128, 1000, 1024, 32768, 1500)] == ["128", "1k", "1k", "32k", "1500"]
+    assert style.memory_unit(2**30) == ("GB", 2**30)
+    assert style.memory_unit(2**30 - 1) == ("MB", 2**20)
+    assert style.memory_label(["NVIDIA H200"], "GB") == "VRAM Usage (GB)"
+
+
+def test_importing_charts_loads_no_heavy_library():
+    code = (
+        "import sys\n"
+        f"for name in {[chart.__name__ for chart in CHARTS]!r}: __import__(name)\n"
+        "print(sorted({'torch', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"

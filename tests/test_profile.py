@@ -1,0 +1,276 @@
+"""Formulas of the timings with a clock that is set by hand, and the engine and the questions on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from espalier import checkpoints, plugins, recipes
+from espalier.engines import hf
+from espalier.errors import UserError
+from espalier.profile import generation, scoring
+from espalier.tables import COLUMNS
+from tiny import llama
+
+
+class FakeEngine:
+    """An engine whose prompt takes 1 s, whose tokens take 0.1 s each, and that holds at most `room` tokens."""
+
+    name = "fake"
+
+    def __init__(self, room: float = math.inf, error: Exception | None = None, extra: int = 0):
+        self.room, self.error, self.extra = room, error or torch.OutOfMemoryError("CUDA out of memory."), extra
+        self.now, self.calls, self.jitter = 0.0, [], iter(())
+
+    def clock(self) -> float:
+        return self.now
+
+    def generate(self, token_ids, output_tokens, sampling):
+        batch, length = len(token_ids), len(token_ids[0])
+        assert all(row == token_ids[0] for row in token_ids)
+        self.calls.append((length, output_tokens, batch))
+        if batch * (length + output_tokens) > self.room:
+            raise self.error
+        self.now += 1 + 0.1 * (output_tokens - 1) + next(self.jitter, 0.0)
+        return [[0] * (output_tokens + self.extra)] * batch
+
+    def peak_allocated_bytes(self, token_ids, output_tokens, sampling):
+        self.generate(token_ids, output_tokens, sampling)
+        return 1000 * len(token_ids)
+
+
+def run(engine, **mapping):
+    recipe = recipes.build(generation.Recipe, mapping, "recipe")
+    rows, samples = generation.measure_engine(engine, list(range(100)), recipe, 0, engine.clock)
+    keys = ("metric", "input_tokens", "output_tokens", "batch_size")
+    return {tuple(row[key] for key in keys): row for row in rows}, samples
+
+
+def test_rates_follow_from_latencies():
+    rows, samples = run(FakeEngine(), input_tokens=[5], output_tokens=[11], batch_sizes=[1, 4], repeats=3)
+    assert rows["latency", 5, 11, 4]["value"] == pytest.approx(2.0)
+    assert rows["time_to_first_token", 5, 1, 4]["value"] == pytest.approx(1.0)
+    assert rows["throughput", 5, 11, 4]["value"] == pytest.approx(4 * 11 / 2.0)
+    assert rows["decode_throughput", 5, 11, 4]["value"] == pytest.approx(4 * 10 / 1.0)
+    assert rows["throughput", 5, 11, 1]["value"] == pytest.approx(11 / 2.0)
+    assert rows["peak_allocated", 5, 11, 4]["value"] == 4000
+    assert {row["n"] for row in rows.values()} == {3, None}
+    assert len(rows) == 2 * 5
+    timing = {(one["output_tokens"], one["batch_size"]): one["seconds"] for one in samples["timings"]}
+    assert timing[11, 4] == pytest.approx([2.0] * 3)
+    assert timing[1, 1] == pytest.approx([1.0] * 3)
+
+
+def test_spread_becomes_a_standard_error():
+    engine = FakeEngine()
+    # One call to begin with; then for 1 and for 11 tokens: one to warm up and two timed.
+    engine.jitter = iter([0, 9, 0.2, 0.4, 9, 0.1, 0.3])
+    rows, _ = run(engine, input_tokens=[5], output_tokens=[11], batch_sizes=[2], repeats=2)
+    assert rows["latency", 5, 11, 2]["value"] == pytest.approx(2.2)
+    assert rows["latency", 5, 11, 2]["stderr"] == pytest.approx(0.1)
+    assert rows["throughput", 5, 11, 2]["stderr"] == pytest.approx(22 / 2.2 * 0.1 / 2.2)
+    decode = rows["decode_throughput", 5, 11, 2]
+    assert decode["value"] == pytest.approx(20 / (2.2 - 1.3))
+    assert decode["stderr"] == pytest.approx(20 / 0.9 * math.hypot(0.1, 0.1) / 0.9)
+
+
+def test_decoding_faster_than_the_noise_is_a_gap_and_not_a_number():
+    engine = FakeEngine()
+    engine.jitter = iter([0, 0, 5.0, 0, 0])
+    rows, _ = run(engine, input_tokens=[5], output_tokens=[3], batch_sizes=[1], repeats=1)
+    row = rows["decode_throughput", 5, 3, 1]
+    assert row["value"] is None
+    assert row["outcome"].startswith("unavailable: ")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_is_an_outcome_and_larger_batches_are_not_tried(error):
+    engine = FakeEngine(room=50, error=error)
+    rows, samples = run(engine, input_tokens=[5, 20], output_tokens=[8], batch_sizes=[1, 2, 4, 8, 16])
+    outcomes = {key[1:]: row["outcome"] for key, row in rows.items() if key[0] == "latency"}
+    assert {key[2] for key in outcomes if outcomes[key] == "ok" and key[0] == 5} == {1, 2}
+    assert {key[2] for key in outcomes if outcomes[key] == "ok" and key[0] == 20} == {1}
+    assert set(outcomes.values()) == {"ok", "oom"}
+    tried = {call for call in engine.calls if call[1] == 8}
+    assert tried == {(5, 8, 1), (5, 8, 2), (5, 8, 4), (20, 8, 1), (20, 8, 2)}
+    assert rows["throughput", 5, 8, 8]["value"] is None
+    assert {rows[name, 5, 8, 8]["outcome"] for name in ("throughput", "decode_throughput", "peak_allocated")} == {"oom"}
+    assert rows["time_to_first_token", 5, 1, 8]["outcome"] == "ok"
+    assert rows["time_to_first_token", 5, 1, 16]["outcome"] == "oom"
+    assert [one["seconds"] for one in samples["timings"] if one["batch_size"] == 16] == [None] * 4
+
+
+def test_other_errors_and_wrong_lengths_are_not_swallowed():
+    shapes = {"input_tokens": [5], "output_tokens": [8], "batch_sizes": [4]}
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(FakeEngine(room=20, error=RuntimeError("shapes do not match")), **shapes)
+    with pytest.raises(RuntimeError, match="did not generate 4 rows of"):
+        run(FakeEngine(extra=1), **shapes)
+
+
+def test_recipe_refuses_empty_shapes():
+    with pytest.raises(UserError, match="batch_sizes"):
+        run(FakeEngine(), input_tokens=[5], output_tokens=[8], batch_sizes=[])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return checkpoints.load(llama(tmp_path_factory.mktemp("models") / "dense"), device="cpu")
+
+
+def greedy(model, ids, count):
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1)[:, None]], 1)
+    return ids[:, -count:].tolist()
+
+
+def test_engine_generates_the_most_likely_tokens_and_never_stops_early(checkpoint):
+    prompts = [[3, 70, 21, 9], [90, 4, 4, 61]]
+    expected = greedy(checkpoint.model, torch.tensor(prompts), 6)
+    checkpoint.model.generation_config.eos_token_id = expected[0][1]  # the second token would end the first row
+    checkpoint.model.generation_config.repetition_penalty = 5.0
+    engine = hf.Engine("cpu")
+    engine.load(checkpoint)
+    assert engine.generate(prompts, 6) == expected
+    assert engine.generate(prompts, 1) == [row[:1] for row in expected]
+
+
+def test_engine_samples_from_the_likely_tokens(checkpoint):
+    engine = hf.Engine("cpu")
+    engine.load(checkpoint)
+    prompts = [[3, 70, 21, 9]] * 200
+    with torch.no_grad():
+        likely = set(checkpoint.model(torch.tensor(prompts[:1])).logits[0, -1].topk(50).indices.tolist())
+    torch.manual_seed(1)
+    drawn = [row[0] for row in engine.generate(prompts, 1, "top-k-top-p")]
+    assert len(set(drawn)) > 10
+    assert set(drawn) <= likely
+
+
+def test_generation_measures_a_model(checkpoint):
+    module = plugins.load("profile", "generation")
+    shapes = {"input_tokens": [4], "output_tokens": [3], "batch_sizes": [1, 8], "repeats": 2}
+    measured = module.measure(checkpoint, recipes.build(module.Recipe, shapes, ""), seed=0, device="cpu")
+    assert all(set(row) <= set(COLUMNS) for row in measured.measurements)
+    json.dumps(measured)
+    found = {(row["metric"], row["batch_size"]): row["value"] for row in measured.measurements}
+    assert found["weights_on_disk", None] == (checkpoint.folder / "model.safetensors").stat().st_size
+    assert found["weights_allocated", None] >= 4 * checkpoint.info["parameters"]
+    # Beyond the weights: at the very least the keys and values of both layers, of 4 + 2 tokens of 128 channels.
+    cache = 2 * 2 * 6 * 128 * 4
+    assert found["peak_allocated", 1] >= found["weights_allocated", None] + cache
+    assert found["peak_allocated", 8] >= found["peak_allocated", 1] + 7 * cache
+    assert found["throughput", 8] > found["throughput", 1] > 0
+
+
+def test_prompt_is_fixed_and_ordinary(checkpoint):
+    tokens = generation.prompt(checkpoint, 1000, 0)
+    assert tokens == generation.prompt(checkpoint, 1000, 0) != generation.prompt(checkpoint, 1000, 1)
+    assert 256 not in tokens
+    assert set(tokens) <= set(range(256))
+
+
+QUESTIONS = [
+    {"question": "What is red?", "options": ["a cat", "a mat"], "answer": 1},
+    {"question": "Who ran?", "options": ["the dog", "a cat"], "answer": 0},
+    {"question": "Who sat?", "options": ["a dog", "it"], "answer": 0},
+]
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {validation: colours.jsonl}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{options}}"
+doc_to_target: "{{answer}}"
+"""
+
+
+@pytest.fixture
+def world(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "colours.yaml").write_text(TASK)
+    (tmp_path / "tasks" / "colours.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    return {"name": "world", "source": "local", "path": str(tmp_path)}
+
+
+def scoring_recipe(**mapping):
+    return recipes.build(scoring.Recipe, {"tasks": ["colours"], **mapping}, "recipe")
+
+
+def test_questions_are_those_of_the_harness(world, checkpoint):
+    questions = scoring.read_questions(scoring_recipe(dataset=world, questions=2), checkpoint.tokenizer)
+    assert [(one.task, one.doc_id) for one in questions] == [("colours", 0), ("colours", 1)]
+    texts = [[checkpoint.tokenizer.decode(ids) for ids, _ in one.choices] for one in questions]
+    assert texts[0] == ["Question: What is red?\nAnswer: a cat", "Question: What is red?\nAnswer: a mat"]
+    assert [length for _, length in questions[1].choices] == [len(" the dog"), len(" a cat")]
+    assert (
+        questions[1].tokens == len("Question: Who ran?\nAnswer: the dog") + len("Question: Who ran?\nAnswer: a cat") - 2
+    )
+
+
+def test_choice_scores_are_sums_of_log_probabilities(checkpoint):
+    ids, length = scoring.encode(checkpoint.tokenizer, "the cat ", "sat")
+    assert length == len(" sat")
+    alone, count = scoring.encode(checkpoint.tokenizer, "", "sat")
+    assert (alone[0], count) == (256, 3)
+    with torch.no_grad():
+        chances = checkpoint.model(torch.tensor([ids])).logits[0].double().softmax(-1)
+    expected = sum(math.log(chances[place - 1, ids[place]]) for place in range(len(ids) - length, len(ids)))
+    question = scoring.Question("colours", 0, [(ids, length)])
+    assert scoring.score(checkpoint.model, question, "cpu") == pytest.approx([expected], rel=1e-4)
+
+
+def test_question_times_and_tokens_a_second():
+    sizes, seconds = [4, 8, 6], [1.0, 3.0, 2.0]
+    questions = [scoring.Question("t", i, [([0] * (size + 1), 1)]) for i, size in enumerate(sizes)]
+    clock, asked = [0.0], []
+
+    def answer(question):
+        asked.append(question.doc_id)
+        clock[0] += seconds[question.doc_id]
+
+    recipe = scoring_recipe(warmup=1, memory_questions=2)
+    rows, samples = scoring.measure_questions(questions, answer, recipe, "cpu", lambda: clock[0])
+    found = {row["metric"]: row for row in rows}
+    assert found["time_per_question"]["value"] == pytest.approx(2.0)
+    assert found["time_per_question"]["stderr"] == pytest.approx(1 / math.sqrt(3))
+    assert found["tokens_per_second"]["value"] == pytest.approx(18 / 6)
+    assert found["tokens_per_second"]["stderr"] == pytest.approx(math.sqrt((1 + 1 + 0) / 2 / 3) / 2.0)
+    assert asked == [0, 0, 1, 2, 0, 1]  # warm-up, timed, memory
+    assert samples["seconds"] == pytest.approx(seconds)
+    assert found["peak_allocated_per_question"]["n"] == 2
+
+
+def test_scoring_out_of_memory_is_an_outcome():
+    def answer(question):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    rows, _ = scoring.measure_questions([scoring.Question("t", 0, [([0, 1], 1)])], answer, scoring_recipe(), "cpu")
+    assert {(row["outcome"], row["value"]) for row in rows} == {("oom", None)}
+
+
+def test_scoring_measures_a_model(world, checkpoint):
+    recipe = scoring_recipe(dataset=world, memory_questions=2)
+    measured = scoring.measure(checkpoint, recipe, seed=0, device="cpu")
+    json.dumps(measured)
+    found = {row["metric"]: row for row in measured.measurements}
+    assert set(found) == set(scoring.UNITS)
+    assert found["time_per_question"]["n"] == 3
+    # Beyond the weights: at least the logits of the longest choice.
+    longest = max(
+        len(ids) - 1 for one in scoring.read_questions(recipe, checkpoint.tokenizer) for ids, _ in one.choices
+    )
+    assert found["peak_allocated_per_question"]["value"] > found["weights_allocated"]["value"] + 0.9 * longest * 257 * 4
+
+
+def test_unknown_task_names_the_nearest(world, checkpoint):
+    with pytest.raises(UserError, match="'colours'"):
+        scoring.read_questions(scoring_recipe(tasks=["colour"], dataset=world), checkpoint.tokenizer)

@@ -1,0 +1,224 @@
+"""Exact reruns: after any one edit to a finished demo, precisely the affected jobs run again.
+
+What snakemake would rerun depends on the files and on what it recorded of each job, not on what is in the files. So
+the finished demo here is one whose scripts were replaced, from outside, by a stand-in that makes empty outputs: every
+job is run and recorded by snakemake itself, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import copy_project, snakemake
+
+RUNS = "results/demo/runs"
+LLAMA = f"{RUNS}/tiny-llama/s0"
+BERT = f"{RUNS}/tiny-bert/s0"
+TABLES = {"results/demo/tables/metrics.csv", "results/demo/tables/quantization.json"}
+
+
+def jobs(project: Path, *arguments: str) -> set[str]:
+    """Return the first output of each job that `snakemake -n` would run."""
+    run = snakemake(project, "-n", *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return {line.split()[1].rstrip(",") for line in run.stdout.splitlines() if re.match(r" {4}output: ", line)}
+
+
+# Python runs a sitecustomize before any script: this one makes the script's outputs and ends the process.
+STAND_IN = """
+import os, sys
+if len(sys.orig_argv) > 1 and sys.orig_argv[1].startswith("workflow/scripts/"):
+    given = dict(zip(sys.orig_argv[2:], sys.orig_argv[3:]))
+    for path in filter(None, (given.get("--output"), given.get("--step"))):
+        if path.endswith((".json", ".csv")):
+            open(path, "w").close()
+        elif "draw_figure" in sys.orig_argv[1]:
+            for suffix in (".pdf", ".svg", ".png", ".csv"):
+                open(path + suffix, "w").close()
+        else:
+            os.makedirs(path)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A copy of the project in which the demo is finished, as far as snakemake can tell."""
+    project = copy_project(tmp_path_factory.mktemp("finished"))
+    stand_in = tmp_path_factory.mktemp("stand-in")
+    (stand_in / "sitecustomize.py").write_text(STAND_IN)
+    run = snakemake(project, "--cores", "4", python_path=[stand_in])
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert jobs(project) == set()
+    return project
+
+
+class Edit:
+    """Edits files of the project and puts them back."""
+
+    def __init__(self, project: Path):
+        self.project, self.old = project, {}
+
+    def text(self, file: str, old: str, new: str) -> None:
+        path = self.project / file
+        text = path.read_text(encoding="utf-8")
+        self.old.setdefault(path, text)
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    def config(self, change) -> None:
+        path = self.project / "config.yaml"
+        text = path.read_text(encoding="utf-8")
+        self.old.setdefault(path, text)
+        config = json.loads(json.dumps(yaml.safe_load(text)))  # YAML's aliases would share one mapping
+        change(config)
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+    def undo(self) -> None:
+        for path, text in self.old.items():
+            path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def edit(finished):
+    edit = Edit(finished)
+    yield edit
+    edit.undo()
+    assert jobs(finished) == set(), "an edit that is undone leaves nothing to do"
+
+
+def chart(*names: str) -> set[str]:
+    return {f"figures/demo/{name}.pdf" for name in names}
+
+
+def everything(finished: Path, *contains: str) -> set[str]:
+    """Return the first outputs of all compute jobs whose path holds one of the strings."""
+    run = snakemake(finished, "-n", "--forceall")
+    outputs = {line.split()[1].rstrip(",") for line in run.stdout.splitlines() if re.match(r" {4}output: ", line)}
+    return {path for path in outputs if path.startswith((RUNS, "results/demo/data")) and any(part in path for part in contains)}
+
+
+def test_learning_rate_of_lora(finished, edit):
+    edit.config(lambda config: config["recipes"]["lora"].update(learning_rate=4.0e-3))
+    expected = everything(finished, "+lora/", "+lora+")
+    assert any("+lora/model" in path for path in expected)
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart(
+        "size_tradeoff", "latency_throughput"
+    )
+
+
+def test_calibration_size_of_one_quantizer(finished, edit):
+    edit.config(lambda config: config["axes"].update(samples=[20, 100]))
+    edit.config(lambda config: config["figures"]["quantization_tradeoff"]["rows"].pop("GPTQ 4bit calib{samples}"))
+    edit.config(
+        lambda config: config["figures"]["quantization_tradeoff"]["rows"].update(
+            {"GPTQ 4bit calib20": "dense+sft+gptq-w4-n20", "GPTQ 4bit calib200": "dense+sft+gptq-w4-n100"}
+        )
+    )
+    new = f"{LLAMA}/dense+sft+gptq-w4-n100"
+    made = {f"{new}/model", f"{new}/evaluate/zero-shot.json", f"{new}/profile/scoring.json"}
+    assert jobs(finished) == made | TABLES | chart("quantization_tradeoff")
+
+
+def test_content_of_one_calibration_set(finished, edit):
+    edit.config(lambda config: config["calibrations"].update({"general-{samples}": {
+        "text": {"dataset": "world", "split": "calibration"}, "samples": "{samples}", "length": 32, "seed": 1234}}))  # fmt: skip
+    expected = everything(finished, "gptq-w4-n")
+    assert len(expected) == 6
+    assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff")
+
+
+def test_task_list(finished, edit):
+    def drop(config):
+        config["suites"]["zero-shot"]["tasks"].remove("boolq")
+        for figure in ("size_tradeoff", "quantization_tradeoff"):
+            config["figures"][figure]["tasks"].pop("boolq")
+
+    edit.config(drop)
+    expected = everything(finished, "evaluate/zero-shot.json")
+    assert expected
+    assert jobs(finished) == expected | TABLES | chart("size_tradeoff", "quantization_tradeoff")
+
+
+def test_title_of_a_chart(finished, edit):
+    edit.config(lambda config: config["figures"]["latency_throughput"].update(title="Another title"))
+    assert jobs(finished) == chart("latency_throughput")
+
+
+def test_comment_in_a_method(finished, edit):
+    edit.text("workflow/espalier/prune/depth.py", "    removed: list[int] = []", "    # a comment\n    removed: list[int] = []")
+    assert jobs(finished) == set()
+
+
+def test_mathematics_of_a_method(finished, edit):
+    edit.text("workflow/espalier/prune/depth.py", "total / (", "2 * total / (")
+    expected = everything(finished, "+depth-")
+    assert not [path for path in expected if path.startswith(BERT)]
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart(
+        "size_tradeoff", "latency_throughput"
+    )
+
+
+def test_mathematics_of_a_quantizer(finished, edit):
+    edit.text("workflow/espalier/quantize/bitsandbytes.py", "def apply(", "UNUSED = 1\n\n\ndef apply(")
+    expected = everything(finished, "+bnb-")
+    assert len(expected) == 6
+    assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff")
+
+
+def test_shared_helper(finished, edit):
+    edit.text("workflow/espalier/checkpoints.py", 'DESCRIPTION = "espalier.json"', 'DESCRIPTION = "describe.json"')
+    everything_that_loads = everything(finished, "/runs/")
+    assert jobs(finished) == everything_that_loads | TABLES | chart(
+        "size_tradeoff", "latency_throughput", "quantization_tradeoff", "engine_speedup", "glue_bits"
+    )
+
+
+def test_drawing_code(finished, edit):
+    edit.text("workflow/espalier/figures/glue_bits.py", "def draw(", "UNUSED = 1\n\n\ndef draw(")
+    assert jobs(finished) == chart("glue_bits")
+
+
+def test_seed_of_a_model(finished, edit):
+    edit.config(lambda config: config["models"]["tiny-bert"].update(seeds=[1]))
+    expected = {path.replace("/s0/", "/s1/") for path in everything(finished, f"{BERT}/")} | {
+        path.replace("/s0/", "/s1/") for path in everything(finished, "/tiny-bert/")
+    }
+    assert any(path.startswith(f"{RUNS}/tiny-bert/s1/") for path in expected)
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart("glue_bits")
+
+
+def test_one_more_seed(finished, edit):
+    edit.config(lambda config: config["models"]["tiny-bert"].update(seeds=[0, 1]))
+    assert {path for path in jobs(finished) if path.startswith(RUNS)} == everything(finished, "/tiny-bert/s1/")
+
+
+def test_touching_the_repository_reruns_nothing(finished):
+    for path in finished.rglob("*"):
+        relative = path.relative_to(finished).parts[0]
+        if path.is_file() and relative not in ("results", "figures", ".snakemake", ".git"):
+            path.touch()
+    assert jobs(finished) == set()
+
+
+def test_one_chart_needs_only_its_own_results(finished):
+    wanted = jobs(finished, "--forceall", "glue_bits")
+    assert wanted
+    assert all("tiny-bert" in path or "/data/" in path or path in chart("glue_bits") for path in wanted)
+
+
+def test_deleted_charts_and_tables_are_all_that_is_made_again(finished):
+    hidden = {path: path.with_name(f"hidden-{path.name}") for path in finished.glob("figures/demo/*")}
+    hidden |= {path: path.with_name(f"hidden-{path.name}") for path in finished.glob("results/demo/tables/*")}
+    charts = chart("size_tradeoff", "latency_throughput", "quantization_tradeoff", "engine_speedup", "glue_bits")
+    for path, aside in hidden.items():
+        path.rename(aside)
+    try:
+        assert jobs(finished) == TABLES | charts
+    finally:
+        for path, aside in hidden.items():
+            aside.rename(path)

@@ -1,0 +1,76 @@
+"""Tasks of EleutherAI's lm-evaluation-harness: from a local dataset's folder, or the harness's own, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from espalier.data import Dataset
+from espalier.errors import UserError, did_you_mean
+
+
+def load(names: list[str], dataset: Dataset | None) -> tuple[list, Any]:
+    """Return what the harness's evaluator takes as tasks, and its task manager.
+
+    With a dataset, its folder tasks/ holds {task}.yaml and the rows; without one the names are the harness's own.
+    Raises UserError for a task or a data file that does not exist.
+    """
+    return _local(names, dataset) if dataset else _named(names)
+
+
+def _local(names: list[str], dataset: Dataset) -> tuple[list[dict], Any]:
+    # Rows are handed over in memory because the datasets library would write a copy of each file to the home folder.
+    import yaml
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(dataset.path) / "tasks"
+    known = {file.stem for file in folder.glob("*.yaml")}
+    configs = []
+    for task in names:
+        if task not in known:
+            raise UserError(f"There is no task '{task}' in {folder}.{did_you_mean(task, known)}")
+        file = folder / f"{task}.yaml"
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            files = config.pop("dataset_kwargs")["data_files"]
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is not a task with dataset_kwargs.data_files ({error}).") from None
+        config.pop("dataset_path", None)
+        splits = {split: dataset.rows(Path(name).stem, "tasks") for split, name in files.items()}
+        configs.append({**config, "task": task, "custom_dataset": _in_memory(splits)})
+    return configs, TaskManager(include_defaults=False)
+
+
+def _in_memory(splits: dict[str, list[dict]]):
+    from datasets import Dataset as Table
+
+    return lambda **_: {split: Table.from_list(rows) for split, rows in splits.items()}
+
+
+def _named(names: list[str]) -> tuple[list[str], Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    for name in names:
+        if name not in manager.task_index:
+            raise UserError(f"The lm-evaluation-harness has no task '{name}'.{did_you_mean(name, manager.all_tasks)}")
+    return names, manager
+
+
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep the harness's warnings (such as that the model is loaded already, which is meant) and bars out of logs."""
+    import lm_eval.api.task as building
+
+    logger = logging.getLogger("lm_eval")
+    level, bar = logger.level, building.tqdm
+    logger.setLevel(logging.ERROR)
+    building.tqdm = lambda questions, **_: questions
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        building.tqdm = bar
