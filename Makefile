@@ -1,5 +1,6 @@
 # make demo    install, run the demo study, draw its charts       make test    install, run the tests
-# make lint    ruff, snakefmt, snakemake --lint                   make clean   remove what the demo made
+# make lint    ruff, snakefmt, snakemake --lint                   make docs    write the reference of the config
+# make format  put the code into its format                       make clean   remove what the demo made
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,14 +8,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint format clean install
+.PHONY: demo test check-demo lint format docs clean install
 
 demo: $(INSTALLED)
 	snakemake --cores all
 	@echo "Writing the report ..."
 	@snakemake --report results/demo/report.html --quiet all
 	@echo
-	@echo "Charts: $(sort $(wildcard figures/demo/*.png))" | sed 's/ /\n  /g'
+	@echo "Charts:"
 	@ls figures/demo/*.png | sed 's/^/  /'
 	@echo "Tables:"
 	@ls results/demo/tables/* | sed 's/^/  /'
@@ -24,11 +25,18 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	pytest
 
+# Do the numbers of a finished demo show what its charts are there to show?
+check-demo: $(INSTALLED)
+	pytest -m demo
+
 lint: $(INSTALLED)
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
+
+docs: $(INSTALLED)
+	python workflow/scripts/write_reference.py
 
 format: $(INSTALLED)
 	ruff check --fix .

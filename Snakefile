@@ -29,8 +29,11 @@ except UserError as error:
     raise WorkflowError(str(error))
 
 
-# One environment holds everything here; with --software-deployment-method, each job finds the same in its own.
-PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+# Jobs run in the environment that runs snakemake, also where it is not activated; with --software-deployment-method,
+# each job has its own.
+if not workflow.deployment_settings.deployment_method:
+    os.environ.update(PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
+
 RUN = f"{STUDY.root}/runs/{{model}}/s{{seed}}"
 
 

@@ -33,8 +33,13 @@ def copy_project(target: Path) -> Path:
     return target
 
 
+def environment(project: Path, python_path: Sequence[Path] = ()) -> dict[str, str]:
+    """Return the environment in which `project`'s own espalier is imported, and not the one that is installed."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*python_path, project / "workflow"]))}
+
+
 def snakemake(project: Path, *arguments: str, python_path: Sequence[Path] = ()) -> subprocess.CompletedProcess:
     """Run snakemake in `project`, with the espalier of that folder."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*python_path, project / "workflow"]))}
     command = [sys.executable, "-m", "snakemake", *arguments]
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    settings = {"cwd": project, "env": environment(project, python_path), "capture_output": True, "text": True}
+    return subprocess.run(command, check=False, **settings)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, copy_project, snakemake
 
+from conftest import ROOT, copy_project, snakemake
 from espalier import checkpoints, tables
 from espalier.errors import UserError
 from espalier.study import Study
@@ -48,25 +48,49 @@ AT_PARSE_TIME = {
     "a misspelt section": (rename("recipes", "recipies"), "unknown key 'recipies'. Did you mean 'recipes'?"),
     "a missing section": (lambda config: config.pop("models"), "the key 'models' is missing"),
     "a study without a name": (put("study", None), "study: expected text, found nothing"),
-    "a name with capitals": (rename("suites", "heldout", "Heldout"), "suites.Heldout: the name 'Heldout' must be lower-case"),
-    "a misspelt recipe key": (put("recipes", "lora", "stepz", 3), "recipes.lora: unknown key 'stepz'. Did you mean 'steps'?"),
-    "a missing recipe key": (lambda config: config["recipes"]["depth-1"].pop("blocks"), "recipes.depth-1: the key 'blocks' is"),
-    "a number as text": (put("recipes", "lora", "learning_rate", "5e-3"), "recipes.lora.learning_rate: expected a number"),
-    "text for a number": (put("recipes", "depth-1", "blocks", "one"), "recipes.depth-1.blocks: expected a whole number"),
-    "a value out of range": (put("recipes", "depth-1", "blocks", 0), "recipes.depth-1: 'blocks' and 'batch_size' must be"),
-    "a choice that is none": (put("recipes", "depth-1", "schedule", "gredy"), "Did you mean 'greedy'?"),
+    "a name with capitals": (
+        rename("suites", "heldout", "Heldout"),
+        "suites.Heldout: the name 'Heldout' must be lower-case",
+    ),
+    "a misspelt recipe key": (
+        put("recipes", "lora", "stepz", 3),
+        "recipes.lora: unknown key 'stepz'. Did you mean 'steps'?",
+    ),
+    "a missing recipe key": (
+        lambda config: config["recipes"]["depth-2"].pop("blocks"),
+        "recipes.depth-2: the key 'blocks' is",
+    ),
+    "a number as text": (
+        put("recipes", "lora", "learning_rate", "5e-3"),
+        "recipes.lora.learning_rate: expected a number",
+    ),
+    "text for a number": (
+        put("recipes", "depth-2", "blocks", "one"),
+        "recipes.depth-2.blocks: expected a whole number",
+    ),
+    "a value out of range": (
+        put("recipes", "depth-2", "blocks", 0),
+        "recipes.depth-2: 'blocks' and 'batch_size' must be",
+    ),
+    "a choice that is none": (put("recipes", "depth-2", "schedule", "gredy"), "Did you mean 'greedy'?"),
     "bits that a method lacks": (put("recipes", "gptq-w4", "bits", 5), "recipes.gptq-w4.bits: 5 (int) is not a choice"),
-    "a misspelt method": (put("recipes", "lora", "tune", "lroa"), "recipes.lora.tune: there is no tune method 'lroa'. Did you"),
-    "a misspelt stage": (rename("recipes", "depth-1", "prune", "prun"), "exactly one of the keys prune, tune, quantize"),
+    "a misspelt method": (
+        put("recipes", "lora", "tune", "lroa"),
+        "recipes.lora.tune: there is no tune method 'lroa'. Did you",
+    ),
+    "a misspelt stage": (
+        rename("recipes", "depth-2", "prune", "prun"),
+        "exactly one of the keys prune, tune, quantize",
+    ),
     "two stages in a recipe": (put("recipes", "lora", "prune", "depth"), "recipes.lora: exactly one of the keys"),
     "a misspelt chain token": (
-        put("measure", 0, "chains", ["dense+depht-1"]),
-        "measure[0]: the chain 'dense+depht-1' names no recipe 'depht-1'. Did you mean 'depth-1'?",
+        put("measure", 0, "chains", ["dense+depht-2"]),
+        "measure[0]: the chain 'dense+depht-2' names no recipe 'depht-2'. Did you mean 'depth-2'?",
     ),
-    "a chain without dense": (put("measure", 0, "chains", ["depth-1+lora"]), "must begin with 'dense'"),
+    "a chain without dense": (put("measure", 0, "chains", ["depth-2+lora"]), "must begin with 'dense'"),
     "pruning after quantizing": (
-        put("measure", 0, "chains", ["dense+gptq-w4+depth-1"]),
-        "'depth-1' (prune) cannot follow 'gptq-w4', because quantized weights are packed integers",
+        put("measure", 0, "chains", ["dense+gptq-w4+depth-2"]),
+        "'depth-2' (prune) cannot follow 'gptq-w4', because quantized weights are packed integers",
     ),
     "a classifier on a decoder": (
         put("measure", 0, "chains", ["dense+cola"]),
@@ -76,13 +100,26 @@ AT_PARSE_TIME = {
         put("measure", [{"model": "tiny-bert", "chains": ["dense"], "suites": ["zero-shot"]}]),
         "suites.zero-shot measures causal-lm models, but tiny-bert with the chain 'dense' is a masked-lm model",
     ),
-    "a misspelt model": (put("measure", 0, "model", "tiny-lama"), "there is no model 'tiny-lama'. Did you mean 'tiny-llama'?"),
-    "a misspelt suite": (put("measure", 0, "suites", ["zeroshot"]), "there is no suite 'zeroshot'. Did you mean 'zero-shot'?"),
+    "a misspelt model": (
+        put("measure", 0, "model", "tiny-lama"),
+        "there is no model 'tiny-lama'. Did you mean 'tiny-llama'?",
+    ),
+    "a misspelt suite": (
+        put("measure", 0, "suites", ["zeroshot"]),
+        "there is no suite 'zeroshot'. Did you mean 'zero-shot'?",
+    ),
     "a misspelt workload": (
         put("figures", "latency_throughput", "workload", "generatoin"),
         "figures.latency_throughput: there is no workload 'generatoin'. Did you mean 'generation'?",
     ),
-    "a misspelt chart": (rename("figures", "glue_bits", "glue_bit"), "there is no figures method 'glue_bit'. Did you mean"),
+    "a misspelt engine": (
+        put("workloads", "generation", "engine", "hff"),
+        "workloads.generation.engine: there is no engines method 'hff'. Did you mean 'hf'?",
+    ),
+    "a misspelt chart": (
+        rename("figures", "glue_bits", "glue_bit"),
+        "there is no figures method 'glue_bit'. Did you mean",
+    ),
     "a misspelt series": (
         put("figures", "size_tradeoff", "series", {"Our": ["dense"]}),
         "there is no 'Our' in this chart. Did you mean 'Ours'?",
@@ -96,20 +133,38 @@ AT_PARSE_TIME = {
         "figures.size_tradeoff.tasks: the suite 'zero-shot' has no task 'winogrande'",
     ),
     "a misspelt GLUE task": (put("axes", "task", ["cola", "sst-2"]), "Did you mean 'sst2'?"),
-    "a misspelt dataset": (put("suites", "zero-shot", "dataset", "word"), "there is no dataset 'word'. Did you mean 'world'?"),
+    "a misspelt dataset": (
+        put("suites", "zero-shot", "dataset", "word"),
+        "there is no dataset 'word'. Did you mean 'world'?",
+    ),
     "a misspelt calibration": (
         put("recipes", "gptq-w4", "calibration", "genral"),
         "recipes.gptq-w4.calibration: there is no calibration 'genral'. Did you mean 'general'?",
     ),
-    "a calibration of no samples": (put("calibrations", "general", "samples", 0), "calibrations.general: 'samples' must be"),
+    "a calibration of no samples": (
+        put("calibrations", "general", "samples", 0),
+        "calibrations.general: 'samples' must be",
+    ),
     "an empty axis": (put("axes", "task", []), "axes: expected name: [value, ...]"),
     "a model from nowhere": (put("models", "x", {"seeds": [0]}), "models.x: a model needs exactly one of the keys"),
-    "a model from two places": (put("models", "x", {"path": "a", "hub": "b/c"}), "models.x: a model needs exactly one of"),
-    "a missing model folder": (put("models", "x", {"path": "/no/such"}), "models.x.path: /no/such is not a checkpoint folder"),
+    "a model from two places": (
+        put("models", "x", {"path": "a", "hub": "b/c"}),
+        "models.x: a model needs exactly one of",
+    ),
+    "a missing model folder": (
+        put("models", "x", {"path": "/no/such"}),
+        "models.x.path: /no/such is not a checkpoint folder",
+    ),
     "a hub model that is not pinned": (put("models", "x", {"hub": "a/b", "revision": "main"}), "40 hexadecimal digits"),
     "a repeated seed": (put("models", "tiny-llama", "seeds", [1, 1]), "'seeds' must be different whole numbers"),
-    "a misspelt pretraining key": (put("models", "tiny-llama", "step", 3), "models.tiny-llama: unknown key 'step'. Did you"),
-    "a missing dataset folder": (put("datasets", "x", {"path": "no/such"}), "datasets.x.path: there is no folder no/such"),
+    "a misspelt pretraining key": (
+        put("models", "tiny-llama", "step", 3),
+        "models.tiny-llama: unknown key 'step'. Did you",
+    ),
+    "a missing dataset folder": (
+        put("datasets", "x", {"path": "no/such"}),
+        "datasets.x.path: there is no folder no/such",
+    ),
     "a device that is none": (put("device", "gpu"), "device: 'gpu' (str) is not a choice. Did you mean 'cpu'?"),
     "a list for a mapping": (put("recipes", "lora", ["tune"]), "recipes.lora: expected a mapping"),
 }
@@ -133,12 +188,12 @@ def test_there_is_no_mistake_in_the_demo(demo_config):
 
 def test_snakemake_prints_the_sentence_and_fails(tmp_path, demo_config):
     project = copy_project(tmp_path)
-    demo_config["measure"][0]["chains"] = ["dense+depht-1"]
+    demo_config["measure"][0]["chains"] = ["dense+depht-2"]
     (project / "mine.yaml").write_text(yaml.safe_dump(demo_config))
     run = snakemake(project, "-n", "--configfile", "mine.yaml")
     assert run.returncode != 0
     said = run.stdout + run.stderr
-    assert "mine.yaml: measure[0]: the chain 'dense+depht-1' names no recipe 'depht-1'." in said
+    assert "mine.yaml: measure[0]: the chain 'dense+depht-2' names no recipe 'depht-2'." in said
     assert "Traceback" not in said
     assert not (project / "results").exists()
 
@@ -152,7 +207,8 @@ IDENTITY = ("--study", "s", "--model-name", "m", "--seed", "0", "--chain", "dens
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    recipe = '{"prune": "depth", "blocks": 1, "calibration": {"text": {"dataset": {"name": "a", "source": "local"}, "split": "b"}, "samples": 1, "length": 8}}'
+    text = {"dataset": {"name": "a", "source": "local"}, "split": "b"}
+    recipe = json.dumps({"prune": "depth", "blocks": 1, "calibration": {"text": text, "samples": 1, "length": 8}})
     output = ("--output", tmp_path / "o", "--step", tmp_path / "s.json")
     run = script("prune_model", "--parent", tmp_path / "none", "--recipe", recipe, *output, *IDENTITY)
     assert run.returncode == 1
@@ -173,14 +229,23 @@ def llama(tmp_path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     model.save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
 
 def refer(path: Path, folder: Path) -> dict:
     folder.mkdir()
-    reference = {"path": str(path), "id": None, "revision": None, "task": "causal-lm", "dtype": "auto", "trust_remote_code": False}
+    reference = {
+        "path": str(path),
+        "id": None,
+        "revision": None,
+        "task": "causal-lm",
+        "dtype": "auto",
+        "trust_remote_code": False,
+    }
     checkpoints.refer(folder, reference)
     return checkpoints.describe(folder)
 
@@ -221,8 +286,8 @@ def result(**changes) -> dict:
         "measurements": [{"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4, "unit": "fraction"}],
         "samples": {},
         "provenance": {
-            "commit": None, "packages": {"torch": "2"}, "device": {"kind": "cpu", "name": "cpu"}, "started": "", "seconds": 1,
-            "code": "c",
+            "commit": None, "packages": {"torch": "2"}, "device": {"kind": "cpu", "name": "cpu"}, "started": "",
+            "seconds": 1, "code": "c",
         },
     }  # fmt: skip
     return whole | changes
@@ -234,7 +299,10 @@ DAMAGED = {
     "of an older version": (json.dumps(result(version=0)), "its format version is 0"),
     "something else": ('{"a": 1}', "is not a raw result of Espalier"),
     "a list": ("[]", "is not a raw result of Espalier"),
-    "without a metric": (json.dumps(result(measurements=[{"task": "t"}])), "measurements.0: 'metric' is a required property"),
+    "without a metric": (
+        json.dumps(result(measurements=[{"task": "t"}])),
+        "measurements.0: 'metric' is a required property",
+    ),
     "with a value that is text": (
         json.dumps(result(measurements=[{"task": "t", "metric": "a", "unit": "", "value": "0.5"}])),
         "measurements.0.value",

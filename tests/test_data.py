@@ -45,7 +45,7 @@ def test_too_small_a_dataset_is_named(dataset):
 def test_missing_split_column_and_damaged_line_are_named(dataset):
     with pytest.raises(UserError, match=r"no file .*trian\.jsonl\. Did you mean 'train'"):
         dataset.rows("trian")
-    with pytest.raises(UserError, match="has no column 'txt'. Did you mean 'text'"):
+    with pytest.raises(UserError, match=r"has no column 'txt'\. Did you mean 'text'"):
         Text(dataset, "train", column="txt").documents()
     with pytest.raises(UserError, match=r"broken\.jsonl, line 2, is not valid JSON"):
         dataset.rows("broken")

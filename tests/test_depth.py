@@ -14,7 +14,7 @@ from espalier.data import Calibration, Dataset, Text
 from espalier.errors import UserError
 from espalier.prune import depth
 
-WORDS = "the red fox sees a blue bird and eats green leaves in old woods".split()
+WORDS = ["the", "red", "fox", "sees", "a", "blue", "bird", "and", "eats", "green", "leaves", "in", "old", "woods"]
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def parent(tmp_path):
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
     folder = tmp_path / "parent"
     folder.mkdir()
-    checkpoints.save(model, wrapped, folder, {"task": "causal-lm", "parameters": sum(p.numel() for p in model.parameters())})
+    checkpoints.save(
+        model, wrapped, folder, {"task": "causal-lm", "parameters": sum(p.numel() for p in model.parameters())}
+    )
     return folder
 
 
@@ -67,14 +69,16 @@ def prune(parent, tmp_path, **recipe):
 
 
 def test_one_shot_scores_and_order(parent, calibration, tmp_path):
-    output, report = prune(parent, tmp_path, blocks=2, calibration=calibration, batch_size=2)
+    _, report = prune(parent, tmp_path, blocks=2, calibration=calibration, batch_size=2)
     whole = checkpoints.load(parent, device="cpu")
     windows = calibration.token_ids(whole.tokenizer)
     expected = {block: naive_perplexity(whole.model, windows, {block}) for block in range(4)}
     assert report["scores"] == [pytest.approx(expected, rel=1e-5)]
     assert report["original_perplexity"] == pytest.approx(naive_perplexity(whole.model, windows, set()), rel=1e-5)
     assert report["removed"] == sorted(expected, key=expected.get)[:2]
-    assert len({round(score, 3) for score in expected.values()}) == 4, "the scores must differ for the order to be tested"
+    assert len({round(score, 3) for score in expected.values()}) == 4, (
+        "the scores must differ for the order to be tested"
+    )
 
 
 def test_greedy_scores_again(parent, calibration, tmp_path):

@@ -9,11 +9,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from espalier import checkpoints, glue_tasks
-from espalier.data import Dataset
-from espalier.errors import UserError
-from espalier.evaluate import glue, harness, perplexity
-from espalier.recipes import build
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -22,6 +17,12 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from espalier import checkpoints, glue_tasks
+from espalier.data import Dataset
+from espalier.errors import UserError
+from espalier.evaluate import glue, harness, perplexity
+from espalier.recipes import build
 
 WORDS = "red green blue robin tulip the is a has wing leaf which what not same other yes no".split()  # noqa: SIM905
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
@@ -187,12 +188,12 @@ def test_batch_size_and_limit(world):
 
 
 def test_standard_error_is_the_harness_s_and_its_state_is_restored(world):
-    import lm_eval.api.task
+    import lm_eval.utils
     from lm_eval.api.metrics import mean_stderr
 
-    bar = lm_eval.api.task.tqdm
+    compiled = lm_eval.utils.env.from_string
     measured = harness.measure(decoder(), harness_recipe(world, ["long"]), seed=0, device="cpu")
-    assert lm_eval.api.task.tqdm is bar
+    assert lm_eval.utils.env.from_string == compiled
     for one in measured.measurements:
         outcomes = measured.samples["long"][one["metric"]]
         assert one["value"] == sum(outcomes) / 40

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from espalier.errors import UserError
 from espalier.figures import (
     Need,

@@ -42,7 +42,7 @@ def version(tmp_path, monkeypatch):
     "edit",
     [
         {},
-        {"prune/depth.py": '# why\nfrom espalier.base import half\n\ndef score(x):\n    """Other."""\n    return half(x)\n'},
+        {"prune/depth.py": '# y\nfrom espalier.base import half\n\ndef score(x):\n    """O."""\n    return half(x)'},
         {"base.py": "def half(x):\n\n    return (x / 2)  # comment\n"},
         {"other.py": "VALUE = 2\n"},
         {"prune/flap.py": "VALUE = 3\n"},

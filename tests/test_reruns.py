@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import copy_project, snakemake
 
 RUNS = "results/demo/runs"
@@ -99,7 +100,11 @@ def everything(finished: Path, *contains: str) -> set[str]:
     """Return the first outputs of all compute jobs whose path holds one of the strings."""
     run = snakemake(finished, "-n", "--forceall")
     outputs = {line.split()[1].rstrip(",") for line in run.stdout.splitlines() if re.match(r" {4}output: ", line)}
-    return {path for path in outputs if path.startswith((RUNS, "results/demo/data")) and any(part in path for part in contains)}
+    return {
+        path
+        for path in outputs
+        if path.startswith((RUNS, "results/demo/data")) and any(part in path for part in contains)
+    }
 
 
 def test_learning_rate_of_lora(finished, edit):
@@ -126,7 +131,8 @@ def test_calibration_size_of_one_quantizer(finished, edit):
 
 def test_content_of_one_calibration_set(finished, edit):
     edit.config(lambda config: config["calibrations"].update({"general-{samples}": {
-        "text": {"dataset": "world", "split": "calibration"}, "samples": "{samples}", "length": 32, "seed": 1234}}))  # fmt: skip
+        "text": {"dataset": "world", "split": "calibration"}, 
+        "samples": "{samples}", "length": 32, "seed": 1234}}))  # fmt: skip
     expected = everything(finished, "gptq-w4-n")
     assert len(expected) == 6
     assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff")
@@ -150,7 +156,11 @@ def test_title_of_a_chart(finished, edit):
 
 
 def test_comment_in_a_method(finished, edit):
-    edit.text("workflow/espalier/prune/depth.py", "    removed: list[int] = []", "    # a comment\n    removed: list[int] = []")
+    edit.text(
+        "workflow/espalier/prune/depth.py",
+        "    removed: list[int] = []",
+        "    # a comment\n    removed: list[int] = []",
+    )
     assert jobs(finished) == set()
 
 
@@ -168,6 +178,14 @@ def test_mathematics_of_a_quantizer(finished, edit):
     expected = everything(finished, "+bnb-")
     assert len(expected) == 6
     assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff")
+
+
+def test_code_of_an_engine(finished, edit):
+    edit.text("workflow/espalier/engines/hf.py", "class Engine", "UNUSED = 1\n\n\nclass Engine")
+    expected = everything(finished, "profile/generation.json", "profile/decode-hf.json")
+    assert expected
+    charts = chart("size_tradeoff", "latency_throughput", "engine_speedup")
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | charts
 
 
 def test_shared_helper(finished, edit):

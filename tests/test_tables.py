@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 
-from test_bad_input import result
-
 from espalier import tables
+from test_bad_input import result
 
 
 def test_rows_are_complete_and_sorted():
@@ -27,7 +26,10 @@ def test_rows_are_complete_and_sorted():
 def test_frame_has_fixed_columns_and_whole_numbers():
     frame = tables.frame([result()])
     assert tuple(frame.columns) == tables.COLUMNS
-    assert frame.to_csv(index=False).splitlines()[1] == "s,m,0,dense,evaluate,suite,t,acc,0.5,0.1,4,fraction,,,,,ok,7,32.0,cpu"
+    assert (
+        frame.to_csv(index=False).splitlines()[1]
+        == "s,m,0,dense,evaluate,suite,t,acc,0.5,0.1,4,fraction,,,,,ok,7,32.0,CPU: cpu"
+    )
 
 
 def test_mixed_devices_libraries_and_code_are_told():

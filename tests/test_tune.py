@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Fast
+
 from espalier import checkpoints, glue_tasks, training
 from espalier.data import Dataset
 from espalier.errors import UserError
 from espalier.evaluate import glue
 from espalier.recipes import build
 from espalier.tune import classify, lora
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as Fast
 
 WORDS = "red green blue robin tulip the is a has wing leaf which color what not good bad yes no ?".split()  # noqa: SIM905
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}

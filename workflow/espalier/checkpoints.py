@@ -81,7 +81,9 @@ def refer(folder: Path, reference: dict) -> dict:
         source = _download(reference["id"], reference["revision"])
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"{source} holds no safetensors weights; other formats can run code when loaded and are refused.")
+        raise UserError(
+            f"{source} holds no safetensors weights; other formats can run code when loaded and are refused."
+        )
     sizes = [_sizes(file) for file in weights]
     parameters = sum(count for count, _ in sizes)
     info = {
@@ -128,7 +130,7 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
             model = gptq_loading.load(source, weights_dtype(folder), device, **options)
         else:
             model = _load_transformers(source, revision, TASKS[task], info, device, options)
-    except (OSError, ValueError, RuntimeError, KeyError) + _safetensors_error() as error:
+    except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_error()) as error:
         raise UserError(f"The checkpoint {source} cannot be loaded: {_first_line(error)}") from error
     model.eval()
     if tokenizer.pad_token_id is None:

@@ -102,10 +102,7 @@ class Step:
     method: str
     recipe: Any  # the built Recipe of the method
     content: dict
-
-    @property
-    def module(self) -> str:
-        return plugins.module_name(self.kind, self.method, self.name)
+    modules: list[str]  # the method's, and those of the plugins that its recipe names
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,11 @@ def resolve(mapping: dict, file: str, results: str = "results") -> Resolved:
         suites=_steps(config.suites, ("evaluate",), "suites", file, references),
         workloads=_steps(config.workloads, ("profile",), "workloads", file, references),
         figures=_steps(
-            {name: {"figures": name, **entry} for name, entry in config.figures.items()}, ("figures",), "figures", file, {}
+            {name: {"figures": name, **entry} for name, entry in config.figures.items()},
+            ("figures",),
+            "figures",
+            file,
+            {},
         ),
     )
 
@@ -178,7 +179,9 @@ def _expand(node: Any, axes: dict) -> Any:
         return {key: _expand(value, axes) for key, value in pairs}
     if isinstance(node, list):
         return [
-            _expand(_fill(item, bound), axes) for item in node for bound in _bindings(json.dumps(item, default=str), axes)
+            _expand(_fill(item, bound), axes)
+            for item in node
+            for bound in _bindings(json.dumps(item, default=str), axes)
         ]
     return node
 
@@ -274,5 +277,10 @@ def _steps(entries: dict, kinds: tuple[str, ...], section: str, file: str, refer
         content = _refer({key: value for key, value in entry.items() if key != kind}, references, where)
         recipe = build(module.Recipe, content, where)
         # Defaults are written out: a result then says all of its recipe, and a changed default reruns its jobs.
-        steps[name] = Step(name, kind, entry[kind], recipe, {kind: entry[kind], **as_dict(recipe)})
+        written = {kind: entry[kind], **as_dict(recipe)}
+        try:
+            modules = plugins.modules(module, recipe)
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
+        steps[name] = Step(name, kind, entry[kind], recipe, written, modules)
     return steps

@@ -64,7 +64,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is not valid JSON ({error}). It is truncated or damaged: delete it, and the workflow makes it again."
+            f"{path} is not valid JSON ({error}). It is truncated or damaged: delete it, and the"
+            " workflow makes it again."
         ) from None
 
 

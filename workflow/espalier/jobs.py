@@ -35,7 +35,7 @@ def step(kind: str, arguments: argparse.Namespace, script: Path) -> None:
             checkpoint=info,
             measurements=measurements,
             samples=report,
-            provenance=_provenance(started, device, script, module),
+            provenance=_provenance(started, device, script, plugins.modules(module, recipe)),
         ),
     )
 
@@ -78,7 +78,7 @@ def measure(kind: str, arguments: argparse.Namespace, script: Path) -> None:
             checkpoint=checkpoint.info,
             measurements=measured.measurements,
             samples=measured.samples,
-            provenance=_provenance(started, checkpoint.device, script, module),
+            provenance=_provenance(started, checkpoint.device, script, plugins.modules(module, recipe)),
         ),
     )
 
@@ -91,5 +91,5 @@ def _start(kind: str, arguments: argparse.Namespace) -> tuple:
     return module, recipe, {kind: method, **as_dict(recipe)}
 
 
-def _provenance(started: float, device: str, script: Path, module) -> dict:
-    return {**provenance(started, device), "code": code_version(script, [module.__name__])}
+def _provenance(started: float, device: str, script: Path, modules: list[str]) -> dict:
+    return {**provenance(started, device), "code": code_version(script, modules)}

@@ -34,3 +34,8 @@ def module_name(kind: str, name: str, where: str) -> str:
 def load(kind: str, name: str, where: str = "config") -> ModuleType:
     """Import a plugin. Its heavy libraries are imported by its functions, so this is cheap enough for a dry-run."""
     return importlib.import_module(module_name(kind, name, where))
+
+
+def modules(module: ModuleType, recipe: object) -> list[str]:
+    """Return the dotted names of a plugin and of those that its recipe names in turn: its `uses`, if it has one."""
+    return [module.__name__, *(module.uses(recipe) if hasattr(module, "uses") else [])]

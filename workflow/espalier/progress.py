@@ -11,7 +11,7 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class progress(Generic[T]):  # noqa: N801 - it is used as a function
+class progress(Generic[T]):
     """Iterate over `iterable` and show how far it is; `note("loss 1.2")` adds a remark to the next line."""
 
     prefix = ""  # what the process is about, so that the lines of jobs that run side by side can be told apart
@@ -40,10 +40,8 @@ class progress(Generic[T]):  # noqa: N801 - it is used as a function
 
     def _lines(self) -> Iterator[T]:
         started = said = time.monotonic()
-        done = 0
-        for item in self.iterable:
+        for done, item in enumerate(self.iterable, 1):
             yield item
-            done += 1
             now = time.monotonic()
             if now - said >= SECONDS_BETWEEN_LINES:
                 said = now

@@ -71,7 +71,7 @@ def _module_files(names: Iterable[str]) -> set[Path]:
 
 
 def _package(file: Path, level: int) -> str:
-    """Return the dotted package that a relative import of `level` dots in `file` starts from; "" for an absolute one."""
+    """Return the dotted package that a relative import of `level` dots starts from; "" for an absolute import."""
     if not level or not file.is_relative_to(LIBRARY):
         return ""
     parts = ("espalier", *file.relative_to(LIBRARY).parts)

@@ -27,7 +27,12 @@ SECTIONS = {
     "datasets": (None, config.DatasetEntry, "Datasets", "Where rows come from: exactly one of generate, path and hub."),
     "recipes": (config.STAGES, None, "Recipes", "The tokens of chains. One key names the stage and its method."),
     "suites": (("evaluate",), None, "Suites", "Evaluations, by the method that `evaluate` names."),
-    "workloads": (("profile",), None, "Workloads", "Measurements of time and memory, by the method that `profile` names."),
+    "workloads": (
+        ("profile",),
+        None,
+        "Workloads",
+        "Measurements of time and memory, by the method that `profile` names.",
+    ),
     "figures": (("figures",), None, "Figures", "Charts, by the name of their module."),
 }
 
@@ -68,7 +73,10 @@ def schema() -> dict:
     for name, note in comments(config.Config).items():
         properties[name]["description"] = note
     properties["models"]["additionalProperties"] = {
-        "anyOf": [_object(config.Model), *(_object(cls, "pretrain", name, config.Model) for _, name, cls in methods(("pretrain",)))]
+        "anyOf": [
+            _object(config.Model),
+            *(_object(cls, "pretrain", name, config.Model) for _, name, cls in methods(("pretrain",))),
+        ]
     }
     properties["datasets"]["additionalProperties"] = {
         "anyOf": [_object(config.DatasetEntry), _object(dataset.Recipe, "generate", "demo")]
@@ -94,8 +102,8 @@ def page() -> str:
     out = [
         "# Every key of a study's config",
         "",
-        "Written by `make docs` from the dataclasses that read the config; do not edit it. In an entry whose key (or, in a",
-        "list, whose text) names an axis, `{axis}` stands for each of its values in turn. `dataset: NAME` and",
+        "Written by `make docs` from the dataclasses that read the config; do not edit it. In an entry whose key (or,",
+        "in a list, whose text) names an axis, `{axis}` stands for each of its values in turn. `dataset: NAME` and",
         "`calibration: NAME` refer to the entry of that name. A key without a default must be given.",
         "",
         "## Sections",

@@ -7,8 +7,16 @@ from pathlib import Path
 VERSION = 1
 IDENTITY = ("study", "model", "seed", "chain", "name")
 
+
 def envelope(
-    *, kind: str, identity: dict, recipe: dict, checkpoint: dict, measurements: list[dict], samples: dict, provenance: dict
+    *,
+    kind: str,
+    identity: dict,
+    recipe: dict,
+    checkpoint: dict,
+    measurements: list[dict],
+    samples: dict,
+    provenance: dict,
 ) -> dict:
     """Return a raw result. `identity` has study, model, seed, chain and name (of the suite, workload or recipe).
 

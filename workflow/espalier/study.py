@@ -66,12 +66,12 @@ class Study:
 
     def content(self, section: str, name: str) -> str:
         """Return a resolved recipe as JSON: the parameter that reruns a job when its recipe changes."""
-        return json.dumps(self.step(section, name).content, sort_keys=True)
+        return json.dumps(self.step(section, name).content)
 
     def code(self, script: str, section: str | None = None, name: str | None = None, module: str | None = None) -> str:
         """Return the code version of a script, with a plugin's `module`, or the one that a recipe names."""
-        module = self.step(section, name).module if section else module
-        return code_version(SCRIPTS / script, [module] if module else [])
+        modules = self.step(section, name).modules if section else [module] if module else []
+        return code_version(SCRIPTS / script, modules)
 
     def generated(self, dataset: str) -> str:
         """Return the recipe of a generated dataset as JSON."""

@@ -43,7 +43,7 @@ def tidy(results: Iterable[dict]) -> list[dict]:
             row |= {key: identity[key] for key in ("study", "model", "seed", "chain")}
             row |= {"kind": result["kind"], "suite": identity["name"], "outcome": "ok"}
             row |= {key: checkpoint.get(key) for key in ("parameters", "bits")}
-            row |= {"device": result["provenance"]["device"]["name"]}
+            row |= {"device": _device(result["provenance"]["device"])}
             rows.append(row | measurement)
     return sorted(rows, key=_order)
 
@@ -67,14 +67,20 @@ def incomparable(results: Iterable[dict]) -> list[str]:
         about = f"{identity['model']}/{identity['chain']}"
         name = f"{result['kind']} '{identity['name']}'"
         facts = {"device": origin["device"]["name"], "code": origin.get("code")}
-        facts |= {package: version for package, version in origin["packages"].items()}
+        facts |= origin["packages"]
         for fact, value in facts.items():
             seen.setdefault((name, fact), {}).setdefault(str(value), []).append(about)
     for (name, fact), values in sorted(seen.items()):
         if len(values) > 1:
-            parts = "; ".join(f"{value} ({len(who)} results, such as {who[0]})" for value, who in sorted(values.items()))
+            parts = "; ".join(
+                f"{value} ({len(who)} results, such as {who[0]})" for value, who in sorted(values.items())
+            )
             warnings.append(f"{name} mixes results of different {fact}: {parts}.")
     return warnings
+
+
+def _device(device: dict) -> str:
+    return f"CPU: {device['name']}" if device["kind"] == "cpu" else device["name"]
 
 
 def _order(row: dict) -> tuple:

@@ -12,18 +12,18 @@ rule evaluate_model:
         data=lambda w: STUDY.data("suites", w.suite),
     output:
         result=f"{RUN}/{{chain}}/evaluate/{{suite}}.json",
-    params:
-        recipe=lambda w: STUDY.content("suites", w.suite),
-        code=lambda w: STUDY.code("evaluate_model.py", "suites", w.suite),
-        device=STUDY.config.device,
-        study=STUDY.name,
     log:
         f"{STUDY.root}/logs/evaluate_model/{{model}}.s{{seed}}.{{chain}}.{{suite}}.log",
     benchmark:
         f"{STUDY.root}/benchmarks/evaluate_model/{{model}}.s{{seed}}.{{chain}}.{{suite}}.tsv"
     conda:
         "../../envs/main.yaml"
+    params:
+        recipe=lambda w: STUDY.content("suites", w.suite),
+        code=lambda w: STUDY.code("evaluate_model.py", "suites", w.suite),
+        device=STUDY.config.device,
+        study=STUDY.name,
     shell:
-        "{PYTHON} workflow/scripts/evaluate_model.py --model {input.model} --recipe {params.recipe:q}"
+        "python workflow/scripts/evaluate_model.py --model {input.model} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.result} --study {params.study} --model-name {wildcards.model}"
         " --seed {wildcards.seed} --chain {wildcards.chain} --name {wildcards.suite} 2>&1 | tee {log}"

@@ -9,7 +9,6 @@ import glob
 from espalier import plugins
 
 
-
 rule draw_figure:
     """Draw a chart of this study from its raw results."""
     input:
@@ -22,20 +21,20 @@ rule draw_figure:
             category="Charts",
             labels={"chart": "{figure}"},
         ),
-    params:
-        recipe=lambda w: STUDY.content("figures", w.figure),
-        code=lambda w: STUDY.code("draw_figure.py", "figures", w.figure),
-        prefix=lambda w, output: os.path.splitext(output.svg)[0],
-    wildcard_constraints:
-        figure=STUDY.pattern(STUDY.resolved.figures),
     log:
         f"{STUDY.root}/logs/draw_figure/{{figure}}.log",
     benchmark:
         f"{STUDY.root}/benchmarks/draw_figure/{{figure}}.tsv"
+    wildcard_constraints:
+        figure=STUDY.pattern(STUDY.resolved.figures),
     conda:
         "../../envs/main.yaml"
+    params:
+        recipe=lambda w: STUDY.content("figures", w.figure),
+        code=lambda w: STUDY.code("draw_figure.py", "figures", w.figure),
+        prefix=lambda w, output: os.path.splitext(output.svg)[0],
     shell:
-        "{PYTHON} workflow/scripts/draw_figure.py --figure {wildcards.figure} --recipe {params.recipe:q}"
+        "python workflow/scripts/draw_figure.py --figure {wildcards.figure} --recipe {params.recipe:q}"
         " --results {input.results} --output {params.prefix} 2>&1 | tee {log}"
 
 
@@ -45,19 +44,19 @@ rule draw_reference_figure:
         published=sorted(glob.glob("reference/papers/*.csv")),
     output:
         multiext("figures/reference/{figure}", ".pdf", ".svg", ".png", ".csv"),
-    params:
-        code=lambda w: STUDY.code("draw_figure.py", module=f"espalier.figures.{w.figure}"),
-        prefix=lambda w, output: os.path.splitext(output[0])[0],
-    wildcard_constraints:
-        figure="|".join(plugins.names("figures")),
     log:
         "results/reference/logs/{figure}.log",
     benchmark:
         "results/reference/benchmarks/{figure}.tsv"
+    wildcard_constraints:
+        figure="|".join(plugins.names("figures")),
     conda:
         "../../envs/main.yaml"
+    params:
+        code=lambda w: STUDY.code("draw_figure.py", module=f"espalier.figures.{w.figure}"),
+        prefix=lambda w, output: os.path.splitext(output[0])[0],
     shell:
-        "{PYTHON} workflow/scripts/draw_figure.py --figure {wildcards.figure} --published reference/papers"
+        "python workflow/scripts/draw_figure.py --figure {wildcards.figure} --published reference/papers"
         " --output {params.prefix} 2>&1 | tee {log}"
 
 

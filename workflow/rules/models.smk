@@ -9,42 +9,42 @@ rule generate_data:
     """Write the demo's language: text, seven zero-shot tasks and eight GLUE tasks."""
     output:
         data=directory(f"{STUDY.root}/data/{{dataset}}"),
-    params:
-        recipe=lambda w: STUDY.generated(w.dataset),
-        code=STUDY.code("generate_data.py"),
     log:
         f"{STUDY.root}/logs/generate_data/{{dataset}}.log",
     benchmark:
         f"{STUDY.root}/benchmarks/generate_data/{{dataset}}.tsv"
     conda:
         "../../envs/main.yaml"
+    params:
+        recipe=lambda w: STUDY.generated(w.dataset),
+        code=STUDY.code("generate_data.py"),
     shell:
-        "{PYTHON} workflow/scripts/generate_data.py --recipe {params.recipe:q} --output {output.data} 2>&1 | tee {log}"
+        "python workflow/scripts/generate_data.py --recipe {params.recipe:q} --output {output.data} 2>&1 | tee {log}"
 
 
 rule pretrain_model:
+    input:
+        data=lambda w: STUDY.data("pretrained", w.model),
     """Train a small model from scratch."""
     output:
         model=directory(f"{RUN}/dense/model"),
         step=f"{RUN}/dense/step.json",
-    input:
-        data=lambda w: STUDY.data("pretrained", w.model),
+    log:
+        f"{STUDY.root}/logs/pretrain_model/{{model}}.s{{seed}}.log",
+    benchmark:
+        f"{STUDY.root}/benchmarks/pretrain_model/{{model}}.s{{seed}}.tsv"
+    wildcard_constraints:
+        model=STUDY.pattern(STUDY.resolved.pretrained),
+    priority: 10  # everything waits for these
+    conda:
+        "../../envs/main.yaml"
     params:
         recipe=lambda w: STUDY.content("pretrained", w.model),
         code=lambda w: STUDY.code("pretrain_model.py", "pretrained", w.model),
         device=STUDY.config.device,
         study=STUDY.name,
-    wildcard_constraints:
-        model=STUDY.pattern(STUDY.resolved.pretrained),
-    log:
-        f"{STUDY.root}/logs/pretrain_model/{{model}}.s{{seed}}.log",
-    benchmark:
-        f"{STUDY.root}/benchmarks/pretrain_model/{{model}}.s{{seed}}.tsv"
-    conda:
-        "../../envs/main.yaml"
-    priority: 10  # everything waits for these
     shell:
-        "{PYTHON} workflow/scripts/pretrain_model.py --recipe {params.recipe:q} --device {params.device}"
+        "python workflow/scripts/pretrain_model.py --recipe {params.recipe:q} --device {params.device}"
         " --output {output.model} --step {output.step} --study {params.study} --model-name {wildcards.model}"
         " --seed {wildcards.seed} --chain dense --name dense 2>&1 | tee {log}"
 
@@ -54,19 +54,19 @@ rule fetch_model:
     output:
         model=directory(f"{RUN}/dense/model"),
         step=f"{RUN}/dense/step.json",
-    params:
-        reference=lambda w: STUDY.reference(w.model),
-        code=STUDY.code("fetch_model.py"),
-        study=STUDY.name,
-    wildcard_constraints:
-        model=STUDY.pattern(set(STUDY.resolved.models) - set(STUDY.resolved.pretrained)),
     log:
         f"{STUDY.root}/logs/fetch_model/{{model}}.s{{seed}}.log",
     benchmark:
         f"{STUDY.root}/benchmarks/fetch_model/{{model}}.s{{seed}}.tsv"
+    wildcard_constraints:
+        model=STUDY.pattern(set(STUDY.resolved.models) - set(STUDY.resolved.pretrained)),
     conda:
         "../../envs/main.yaml"
+    params:
+        reference=lambda w: STUDY.reference(w.model),
+        code=STUDY.code("fetch_model.py"),
+        study=STUDY.name,
     shell:
-        "{PYTHON} workflow/scripts/fetch_model.py --reference {params.reference:q} --output {output.model}"
+        "python workflow/scripts/fetch_model.py --reference {params.reference:q} --output {output.model}"
         " --step {output.step} --study {params.study} --model-name {wildcards.model} --seed {wildcards.seed}"
         " --chain dense --name dense 2>&1 | tee {log}"

@@ -12,19 +12,19 @@ rule profile_model:
         data=lambda w: STUDY.data("workloads", w.workload),
     output:
         result=f"{RUN}/{{chain}}/profile/{{workload}}.json",
-    params:
-        recipe=lambda w: STUDY.content("workloads", w.workload),
-        code=lambda w: STUDY.code("profile_model.py", "workloads", w.workload),
-        device=STUDY.config.device,
-        study=STUDY.name,
-    threads: os.cpu_count()  # all of the machine: a profile shares it with no other job of the run
     log:
         f"{STUDY.root}/logs/profile_model/{{model}}.s{{seed}}.{{chain}}.{{workload}}.log",
     benchmark:
         f"{STUDY.root}/benchmarks/profile_model/{{model}}.s{{seed}}.{{chain}}.{{workload}}.tsv"
     conda:
         "../../envs/main.yaml"
+    threads: os.cpu_count()  # all of the machine: a profile shares it with no other job of the run
+    params:
+        recipe=lambda w: STUDY.content("workloads", w.workload),
+        code=lambda w: STUDY.code("profile_model.py", "workloads", w.workload),
+        device=STUDY.config.device,
+        study=STUDY.name,
     shell:
-        "{PYTHON} workflow/scripts/profile_model.py --model {input.model} --recipe {params.recipe:q}"
+        "python workflow/scripts/profile_model.py --model {input.model} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.result} --study {params.study} --model-name {wildcards.model}"
         " --seed {wildcards.seed} --chain {wildcards.chain} --name {wildcards.workload} 2>&1 | tee {log}"

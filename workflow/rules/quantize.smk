@@ -13,21 +13,21 @@ rule quantize_model:
     output:
         model=directory(f"{RUN}/{{parent}}+{{recipe}}/model"),
         step=f"{RUN}/{{parent}}+{{recipe}}/step.json",
+    log:
+        f"{STUDY.root}/logs/quantize_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.log",
+    benchmark:
+        f"{STUDY.root}/benchmarks/quantize_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.tsv"
+    wildcard_constraints:
+        recipe=STUDY.stage_pattern("quantize"),
+    conda:
+        "../../envs/main.yaml"
     params:
         recipe=lambda w: STUDY.content("recipes", w.recipe),
         code=lambda w: STUDY.code("quantize_model.py", "recipes", w.recipe),
         device=STUDY.config.device,
         study=STUDY.name,
-    wildcard_constraints:
-        recipe=STUDY.stage_pattern("quantize"),
-    log:
-        f"{STUDY.root}/logs/quantize_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.log",
-    benchmark:
-        f"{STUDY.root}/benchmarks/quantize_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.tsv"
-    conda:
-        "../../envs/main.yaml"
     shell:
-        "{PYTHON} workflow/scripts/quantize_model.py --parent {input.parent} --recipe {params.recipe:q}"
+        "python workflow/scripts/quantize_model.py --parent {input.parent} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.model} --step {output.step} --study {params.study}"
         " --model-name {wildcards.model} --seed {wildcards.seed} --chain {wildcards.parent}+{wildcards.recipe}"
         " --name {wildcards.recipe} 2>&1 | tee {log}"

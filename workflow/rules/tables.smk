@@ -18,16 +18,16 @@ rule make_metrics:
             category="Tables",
             labels={"table": "every metric"},
         ),
-    params:
-        code=STUDY.code("make_metrics.py"),
     log:
         f"{STUDY.root}/logs/make_metrics.log",
     benchmark:
         f"{STUDY.root}/benchmarks/make_metrics.tsv"
     conda:
         "../../envs/main.yaml"
+    params:
+        code=STUDY.code("make_metrics.py"),
     shell:
-        "{PYTHON} workflow/scripts/make_metrics.py --results {input.results} --output {output.table} 2>&1 | tee {log}"
+        "python workflow/scripts/make_metrics.py --results {input.results} --output {output.table} 2>&1 | tee {log}"
 
 
 if "quantization_tradeoff" in STUDY.resolved.figures:
@@ -44,17 +44,17 @@ if "quantization_tradeoff" in STUDY.resolved.figures:
                 category="Tables",
                 labels={"table": "quantized variants"},
             ),
-        params:
-            recipe=lambda w: STUDY.content("figures", "quantization_tradeoff"),
-            code=STUDY.code("make_quantization_table.py"),
         log:
             f"{STUDY.root}/logs/make_quantization_table.log",
         benchmark:
             f"{STUDY.root}/benchmarks/make_quantization_table.tsv"
         conda:
             "../../envs/main.yaml"
+        params:
+            recipe=lambda w: STUDY.content("figures", "quantization_tradeoff"),
+            code=STUDY.code("make_quantization_table.py"),
         shell:
-            "{PYTHON} workflow/scripts/make_quantization_table.py --recipe {params.recipe:q} --results {input.results}"
+            "python workflow/scripts/make_quantization_table.py --recipe {params.recipe:q} --results {input.results}"
             " --output {output.table} 2>&1 | tee {log}"
 
 

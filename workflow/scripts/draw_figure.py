@@ -1,7 +1,7 @@
 """Draw a chart, from raw results or from published values, as PDF, SVG and PNG, with the plotted numbers as CSV.
 
-python workflow/scripts/draw_figure.py --figure size_tradeoff --published reference/papers --output figures/size_tradeoff
-python workflow/scripts/draw_figure.py --figure size_tradeoff --recipe '{"title": …}' --results a.json b.json --output size
+python workflow/scripts/draw_figure.py --figure glue_bits --published reference/papers --output my/glue_bits
+python workflow/scripts/draw_figure.py --figure glue_bits --recipe '{"title": …}' --results my/*.json --output my/bits
 """
 
 from __future__ import annotations

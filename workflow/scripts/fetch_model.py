@@ -15,7 +15,9 @@ from espalier import cli, jobs
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--reference", type=cli.mapping, required=True, help="JSON: path, or id and revision; task; dtype")
+    parser.add_argument(
+        "--reference", type=cli.mapping, required=True, help="JSON: path, or id and revision; task; dtype"
+    )
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write: a pointer")
     parser.add_argument("--step", type=Path, required=True, help="JSON file to write: what was found")
     cli.add_identity(parser)

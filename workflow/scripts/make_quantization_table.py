@@ -16,7 +16,9 @@ from espalier.recipes import build
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipe", type=cli.mapping, required=True, help="JSON: the recipe of the chart quantization_tradeoff")
+    parser.add_argument(
+        "--recipe", type=cli.mapping, required=True, help="JSON: the recipe of the chart quantization_tradeoff"
+    )
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="raw results (JSON)")
     parser.add_argument("--output", type=Path, required=True, help="table to write (JSON)")
     arguments = parser.parse_args(argv)

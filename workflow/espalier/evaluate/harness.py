@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from espalier import harness_tasks
 from espalier.data import Dataset
-from espalier.errors import UserError, did_you_mean
+from espalier.errors import UserError
 from espalier.measured import Measured
 from espalier.progress import progress
 
@@ -55,10 +54,10 @@ def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -
 
     A name of several tasks, such as a group of the harness, gives one measurement a task.
     """
-    with _quiet_and_quick():
+    with harness_tasks.only_errors(), _quick():
         from lm_eval.evaluator import simple_evaluate
 
-        tasks, manager = _local_tasks(recipe) if recipe.dataset else _named_tasks(recipe.tasks)
+        tasks, manager = harness_tasks.load(recipe.tasks, recipe.dataset)
         try:
             found = simple_evaluate(
                 model=_language_model(checkpoint, recipe.batch_size),
@@ -92,50 +91,6 @@ def _measurement(task: str, metric: str, outcomes: list[int]) -> dict:
     return {"task": task, "metric": metric, "value": value, "stderr": stderr, "n": count, "unit": "fraction"}
 
 
-def _local_tasks(recipe: Recipe) -> tuple[list[dict], Any]:
-    """Return the harness's own kind of task config for each of {path}/tasks/{task}.yaml, its rows already in memory.
-
-    Rows are handed over in memory because the datasets library would write a copy of each file to the home folder.
-    Raises UserError for a task or a data file that does not exist.
-    """
-    import yaml
-    from lm_eval.tasks import TaskManager
-
-    folder = Path(recipe.dataset.path) / "tasks"
-    known = {file.stem for file in folder.glob("*.yaml")}
-    configs = []
-    for task in recipe.tasks:
-        if task not in known:
-            raise UserError(f"There is no task '{task}' in {folder}.{did_you_mean(task, known)}")
-        file = folder / f"{task}.yaml"
-        try:
-            config = yaml.safe_load(file.read_text(encoding="utf-8"))
-            files = config.pop("dataset_kwargs")["data_files"]
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is not a task with dataset_kwargs.data_files ({error}).") from None
-        config.pop("dataset_path", None)
-        splits = {split: recipe.dataset.rows(Path(name).stem, "tasks") for split, name in files.items()}
-        configs.append({**config, "task": task, "custom_dataset": _in_memory(splits)})
-    return configs, TaskManager(include_defaults=False)
-
-
-def _in_memory(splits: dict[str, list[dict]]):
-    from datasets import Dataset as Table
-
-    return lambda **_: {split: Table.from_list(rows) for split, rows in splits.items()}
-
-
-def _named_tasks(names: list[str]) -> tuple[list[str], Any]:
-    """Return the names and an index of the harness's own tasks; raises UserError for a name that it does not have."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    for name in names:
-        if name not in manager.task_index:
-            raise UserError(f"The lm-evaluation-harness has no task '{name}'.{did_you_mean(name, manager.all_tasks)}")
-    return names, manager
-
-
 def _language_model(checkpoint: Checkpoint, batch_size: int) -> HFLM:
     """Return the loaded model as the harness takes it, with Espalier's progress lines in place of its bars."""
     from lm_eval.models.huggingface import HFLM
@@ -160,29 +115,17 @@ def _language_model(checkpoint: Checkpoint, batch_size: int) -> HFLM:
 
 
 @contextlib.contextmanager
-def _quiet_and_quick() -> Iterator[None]:
-    """Keep the harness's bars and warnings (that the model is already loaded, which is meant) out of the log.
+def _quick() -> Iterator[None]:
+    """Spare the harness two thirds of its time on a small model.
 
-    Its templates are compiled once, not once a question, and it does not describe the machine, which Espalier does
-    itself: these are two thirds of its time on a small model.
+    Its templates are compiled once, not once a question, and it does not describe the machine, which Espalier does.
     """
     from lm_eval import evaluator, utils
-    from lm_eval.api import task
 
-    changes = (
-        (task, "tqdm", lambda questions, **_: questions),
-        (utils.env, "from_string", functools.cache(utils.env.from_string)),
-        (evaluator, "add_env_info", lambda results: None),
-    )
-    before = [getattr(place, name) for place, name, _ in changes]
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    for place, name, value in changes:
-        setattr(place, name, value)
+    compiled, described = utils.env.from_string, evaluator.add_env_info
+    utils.env.from_string = functools.cache(compiled)
+    evaluator.add_env_info = lambda results: None
     try:
         yield
     finally:
-        logger.setLevel(level)
-        for (place, name, _), value in zip(changes, before, strict=True):
-            setattr(place, name, value)
+        utils.env.from_string, evaluator.add_env_info = compiled, described

@@ -183,6 +183,8 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
                 Line2D([], [], marker="D", color=SERIES[DIAMONDS], mec="black", mew=0.6, ms=4.5, ls="", label=label)
             )
         footer = [*style.footer_lines(points, list(SERIES), note), "Labels under the bars: context length in tokens."]
+        if points[points["series"] == BASELINE]["throughput"].notna().any():
+            footer.append(f"Above the bars of {BASELINE}: its tokens/s.")
         if (points["outcome"] == NO_BASELINE).any():
             footer.append("Where HF has no result there is no bar: a speed-up needs its baseline.")
         if points["speedup_error"].notna().any():
@@ -231,6 +233,10 @@ def _draw_panel(axes, points: DataFrame) -> None:
             error = row["speedup_error"] if row["speedup_error"] == row["speedup_error"] else None
             colour = SERIES[row["series"]]
             axes.bar(x, row["speedup"], width * 0.94, color=colour, yerr=error, error_kw=error_style)
+            if row["series"] == BASELINE and row["throughput"] == row["throughput"] and not crowded:
+                axes.text(
+                    x, 1.03, f"{row['throughput']:.0f}", ha="center", va="bottom", fontsize=6.5, color=style.MUTED
+                )
         if row["series"] == DIAMONDS and row["throughput"] == row["throughput"] and row["throughput"] is not None:
             diamonds.append((x, row["throughput"]))
     axes.axhline(1, color="#777777", linewidth=0.7, linestyle="--", zorder=0.5)

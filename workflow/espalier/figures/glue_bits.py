@@ -169,7 +169,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
     with style.styled():
         figure = style.new_figure(13.2, 2.35)
         grid = figure.subplots(1, len(PANELS))
-        bits = sorted({int(value) for value in points["bits"]} | {32}, reverse=True)
+        bits = sorted({int(value) for value in points["bits"]} | {32, 2, 1}, reverse=True)
         expected = {(str(row["series"]), int(row["bits"])) for row in points.to_dict("records")}
         for axes, panel in zip(grid, PANELS, strict=True):
             _draw_panel(axes, points[points["panel"] == panel], panel, bits, expected)

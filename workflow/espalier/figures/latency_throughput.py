@@ -205,7 +205,7 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
     axes.grid(True)
     axes.yaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
     axes.set(xlabel="Latency (s)")
     axes.margins(x=0.16)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))

@@ -56,6 +56,11 @@ class Recipe:
             raise ValueError("'warmup' and 'repeats' must be at least 1.")
 
 
+def uses(recipe: Recipe) -> list[str]:
+    """Return the modules of the plugins that the recipe names: they are part of a job's code version."""
+    return [plugins.module_name("engines", recipe.engine, "engine")]
+
+
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
     """Return the rows of every shape, and every single timing in seconds."""
     engine = plugins.load("engines", recipe.engine, "engine").Engine(device)

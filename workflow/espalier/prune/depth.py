@@ -54,7 +54,8 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     candidates = list(range(recipe.keep_first, count - recipe.keep_last))
     if recipe.blocks > len(candidates) or recipe.blocks >= count:
         raise UserError(
-            f"{parent} has {count} blocks, of which {len(candidates)} may be removed; the recipe removes {recipe.blocks}."
+            f"{parent} has {count} blocks, of which {len(candidates)} may be removed;"
+            f" the recipe removes {recipe.blocks}."
         )
     windows = torch.tensor(recipe.calibration.token_ids(checkpoint.tokenizer), device=checkpoint.device)
     original = perplexity_without(model, (), windows, recipe.batch_size)

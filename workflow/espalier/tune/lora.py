@@ -45,6 +45,7 @@ class Recipe:
     config: str | None = None  # a subset of the dataset
     template: Literal["plain", "alpaca"] = "plain"  # columns: prompt, response; or instruction, input, output
     separator: str = ""  # plain: stands between prompt and response, and is learned with the response
+    end_token: bool = True  # whether the end of a response is learned too
     r: int = 8
     alpha: float = 16.0  # the update is alpha / r · B·A
     dropout: float = 0.05
@@ -110,7 +111,8 @@ def examples(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[d
     """Return {"input_ids", "labels"} of each row, and how many rows were dropped because the cut left no response.
 
     Prompt and response are tokenized together; the response's tokens are those after as many as the prompt has alone,
-    which is how the evaluation harness divides them too. The end token follows a response that was not cut.
+    which is how the evaluation harness divides them too. The end token follows a response that was not cut, unless the
+    recipe leaves it out.
     """
     rows = recipe.dataset.rows(recipe.split, recipe.config)
     columns = ("prompt", "response") if recipe.template == "plain" else ("instruction", "input", "output")
@@ -129,7 +131,8 @@ def examples(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[d
     for prompt, whole in zip(prompts, wholes, strict=True):
         # Some tokenizers put the end token after every text by themselves, the prompt alone included.
         prompt = prompt[:-1] if end and prompt[-1:] == end else prompt
-        whole = whole if whole[-1:] == end else whole + end
+        whole = whole[:-1] if end and whole[-1:] == end else whole
+        whole += end if recipe.end_token else []
         whole = whole[: recipe.cutoff]
         # The first token of a text is never predicted, so a response without a prompt loses it.
         learned = max(1, len(prompt))

@@ -1,0 +1,115 @@
+"""What the demo's charts claim, on a finished demo (`make demo`, then `pytest -m demo`): the numbers mean something."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.demo
+
+CHANCE = {
+    "boolq": 1 / 2, "piqa": 1 / 2, "winogrande": 1 / 2, "hellaswag": 1 / 4, "arc_easy": 1 / 4, "arc_challenge": 1 / 4,
+    "openbookqa": 1 / 4,
+}  # fmt: skip
+NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")  # scored by acc_norm, the others by acc
+BLOCKS = ("dense", "dense+depth-2", "dense+depth-4", "dense+depth-5")
+
+
+@pytest.fixture(scope="module")
+def metrics() -> list[dict]:
+    with (ROOT / "results/demo/tables/metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def values(metrics: list[dict], chain: str, suite: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return (task, metric) → (value, standard error) of one variant of the decoder."""
+    return {
+        (row["task"], row["metric"]): (float(row["value"]), float(row["stderr"] or "nan"))
+        for row in metrics
+        if (row["model"], row["chain"], row["suite"]) == ("tiny-llama", chain, suite)
+    }
+
+
+def mean_accuracy(metrics: list[dict], chain: str) -> tuple[float, float]:
+    """Return the unweighted mean over the seven tasks and its standard error."""
+    found = values(metrics, chain, "zero-shot")
+    chosen = [found[task, "acc_norm" if task in NORMALISED else "acc"] for task in CHANCE]
+    return sum(value for value, _ in chosen) / 7, math.sqrt(sum(error**2 for _, error in chosen)) / 7
+
+
+def perplexity(metrics: list[dict], chain: str) -> float:
+    ((value, _),) = values(metrics, chain, "heldout").values()
+    return value
+
+
+@pytest.mark.parametrize("task", CHANCE)
+def test_the_original_is_well_above_chance(metrics, task):
+    found = values(metrics, "dense", "zero-shot")
+    value, error = found[task, "acc_norm" if task in NORMALISED else "acc"]
+    assert value > CHANCE[task] + 3 * error
+    assert value > CHANCE[task] + 0.1
+
+
+def test_accuracy_falls_with_the_blocks_removed(metrics):
+    means = [mean_accuracy(metrics, chain) for chain in BLOCKS]
+    (whole, error), (least, other) = means[0], means[-1]
+    assert whole - least > 3 * math.hypot(error, other)
+    for (more, first), (fewer, second) in itertools.pairwise(means):
+        assert fewer < more + math.hypot(first, second), "no step up beyond noise"
+
+
+def test_perplexity_rises_with_the_blocks_removed(metrics):
+    found = [perplexity(metrics, chain) for chain in BLOCKS]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("blocks", [4, 5])
+def test_lora_recovers_a_part(metrics, blocks):
+    (before, first), (after, second) = (mean_accuracy(metrics, f"dense+depth-{blocks}{lora}") for lora in ("", "+lora"))
+    assert after > before + math.hypot(first, second)
+    assert after < mean_accuracy(metrics, "dense+sft")[0], "the original with the same extra steps is the control"
+
+
+def test_accuracy_falls_with_bits(metrics):
+    whole, error = mean_accuracy(metrics, "dense+sft")
+    two, other = mean_accuracy(metrics, "dense+sft+gptq-w2")
+    assert whole - two > 2 * math.hypot(error, other)
+    four, _ = mean_accuracy(metrics, "dense+sft+gptq-w4-n200")
+    assert abs(whole - four) < whole - two
+
+
+def test_memory_falls_with_blocks_and_bits(metrics):
+    peak = {
+        row["chain"]: float(row["value"])
+        for row in metrics
+        if row["suite"] == "memory" and row["metric"] == "peak_allocated"
+    }
+    assert peak["dense"] > peak["dense+depth-2+lora"] > peak["dense+depth-4+lora"] > peak["dense+depth-5+lora"]
+    for chain in ("dense", "dense+depth-2+lora", "dense+depth-4+lora", "dense+depth-5+lora"):
+        assert peak[f"{chain}+gptq-w4"] < peak[chain]
+
+
+def test_teachers_learn_every_glue_task(metrics):
+    scores = {
+        (row["task"], row["metric"]): float(row["value"])
+        for row in metrics
+        if row["model"] == "tiny-bert" and row["kind"] == "evaluate"
+    }
+    assert scores["cola", "mcc"] > 0.6
+    assert scores["stsb", "pearson"] > 0.8
+    assert scores["mnli_mismatched", "accuracy"] > 0.6
+    for task in ("mnli", "mrpc", "qnli", "qqp", "rte", "sst2"):
+        assert scores[task, "accuracy"] > 0.75
+
+
+def test_the_quantization_table_has_the_published_keys(metrics):
+    table = json.loads((ROOT / "results/demo/tables/quantization.json").read_text())
+    assert set(table) >= {"Base Model", "SFT Model", "BnB 4-bit Model", "BnB 8-bit Model", "GPTQ 4bit calib20"}
+    assert table["Base Model"]["accuracy"] == pytest.approx(mean_accuracy(metrics, "dense")[0])
+    assert table["BnB 4-bit Model"]["avg_peak_vram_MB"] < table["Base Model"]["avg_peak_vram_MB"]

@@ -1,0 +1,193 @@
+"""The whole workflow, for real: a study of every stage is run by snakemake, and what it left is examined."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import copy_project, environment, snakemake
+
+CHARTS = ("size_tradeoff", "latency_throughput", "quantization_tradeoff", "engine_speedup", "glue_bits")
+STUDY = ("--configfile", "tests/smoke.yaml")
+NO_TORCH = "raise ImportError('torch must not be imported here')\n"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    """A copy of the project in which the study of tests/smoke.yaml was run."""
+    project = copy_project(tmp_path_factory.mktemp("smoke"))
+    run = snakemake(project, "--cores", "2", *STUDY)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return project
+
+
+@pytest.fixture
+def without_torch(tmp_path) -> Path:
+    (tmp_path / "torch.py").write_text(NO_TORCH)
+    return tmp_path
+
+
+def rows(path: Path) -> list[dict]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_chart_is_there_in_every_format(smoke):
+    for name in CHARTS:
+        for suffix in ("pdf", "svg", "png", "csv"):
+            assert (smoke / f"figures/smoke/{name}.{suffix}").stat().st_size > 100
+
+
+def test_metrics_are_the_raw_results(smoke):
+    """Each row of the table is a measurement of one raw result, found by another way than the table's own code."""
+    table = rows(smoke / "results/smoke/tables/metrics.csv")
+    raw = [
+        json.loads(path.read_text())
+        for path in (smoke / "results/smoke/runs").rglob("*.json")
+        if "model" not in path.parent.name
+    ]
+    expected = {}
+    for result in raw:
+        for one in result["measurements"]:
+            identity = [result["identity"][key] for key in ("model", "chain", "name")]
+            condition = [str(one.get(key) or "") for key in ("batch_size", "output_tokens")]
+            expected[*identity, one["task"], one["metric"], *condition] = one["value"]
+    keys = ("model", "chain", "suite", "task", "metric", "batch_size", "output_tokens")
+    found = {tuple(row[key] for key in keys): float(row["value"]) if row["value"] else None for row in table}
+    assert found == {key: None if value is None else pytest.approx(value) for key, value in expected.items()}
+    assert len(found) == len(table)
+    assert {row["kind"] for row in table} == {"step", "evaluate", "profile"}
+    assert {row["study"] for row in table} == {"smoke"}
+    assert {row["seed"] for row in table} == {"3"}
+
+
+def test_accuracies_are_their_samples(smoke):
+    result = json.loads((smoke / "results/smoke/runs/tiny-llama/s3/dense/evaluate/zero-shot.json").read_text())
+    values = {(one["task"], one["metric"]): one for one in result["measurements"]}
+    for task in ("boolq", "hellaswag", "arc_easy"):
+        outcomes = result["samples"][task]["acc"]
+        assert len(outcomes) == values[task, "acc"]["n"] == 12
+        assert values[task, "acc"]["value"] == pytest.approx(sum(outcomes) / 12)
+
+
+def test_pruning_and_quantizing_show_in_the_numbers(smoke):
+    table = rows(smoke / "results/smoke/tables/metrics.csv")
+    size = {row["chain"]: int(row["parameters"]) for row in table if row["model"] == "tiny-llama"}
+    assert (
+        size["dense+gptq-w4"]
+        == size["dense+bnb-nf4"]
+        == size["dense"]
+        > size["dense+depth-1"]
+        == size["dense+depth-1+lora"]
+    )
+    memory = {row["chain"]: float(row["value"]) for row in table if row["metric"] == "weights_allocated"}
+    assert memory["dense+bnb-nf4"] < memory["dense"]
+    assert memory["dense+gptq-w4"] < memory["dense"]
+
+
+def test_quantization_table_has_the_published_names_and_keys(smoke):
+    table = json.loads((smoke / "results/smoke/tables/quantization.json").read_text())
+    assert list(table) == ["Base Model", "BnB 4-bit Model", "GPTQ 4bit calib20"]
+    for values in table.values():
+        assert list(values) == ["accuracy", "avg_time_s", "tokens_per_s", "avg_peak_vram_MB", "score_acc_over_vram"]
+        assert values["score_acc_over_vram"] == pytest.approx(1000 * values["accuracy"] / values["avg_peak_vram_MB"])
+
+
+def test_results_say_what_made_them(smoke):
+    for path in (smoke / "results/smoke/runs").rglob("evaluate/*.json"):
+        origin = json.loads(path.read_text())["provenance"]
+        assert origin["packages"]["torch"]
+        assert origin["seconds"] > 0
+        assert len(origin["code"]) == 16
+
+
+def test_a_second_run_has_nothing_to_do(smoke):
+    run = snakemake(smoke, "--cores", "2", *STUDY)
+    assert run.returncode == 0
+    assert "Nothing to be done" in run.stdout + run.stderr
+
+
+def test_tables_and_charts_are_redrawn_identically_without_torch(smoke, without_torch):
+    places = [smoke / "figures", smoke / "results/smoke/tables"]
+    before = {
+        path: path.read_bytes()
+        for place in places
+        for path in place.rglob("*")
+        if path.suffix in (".csv", ".json", ".svg")
+    }
+    for place in places:
+        shutil.rmtree(place)
+    run = snakemake(smoke, "--cores", "2", *STUDY, python_path=[without_torch])
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "evaluate_model" not in run.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_reference_figures_need_no_torch_and_no_result(smoke, without_torch):
+    run = snakemake(smoke, "--cores", "2", *STUDY, "--", "reference_figures", python_path=[without_torch])
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    for name in CHARTS:
+        points = rows(smoke / f"figures/reference/{name}.csv")
+        assert points
+        assert {row["certainty"] for row in points}.isdisjoint({"measured", ""})
+
+
+def test_a_truncated_result_is_named_and_the_old_table_stays(smoke):
+    result = smoke / "results/smoke/runs/tiny-llama/s3/dense/evaluate/zero-shot.json"
+    whole, table = result.read_bytes(), smoke / "results/smoke/tables/metrics.csv"
+    before = table.read_bytes()
+    result.write_bytes(whole[: len(whole) // 2])
+    command = [sys.executable, "workflow/scripts/make_metrics.py", "--results", str(result), "--output", str(table)]
+    run = subprocess.run(command, cwd=smoke, env=environment(smoke), capture_output=True, text=True, check=False)
+    result.write_bytes(whole)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: {result} is not valid JSON")
+    assert table.read_bytes() == before
+
+
+def test_a_killed_job_leaves_nothing_half_made_and_the_same_command_finishes(smoke):
+    """The job is killed while it writes; snakemake is interrupted with it."""
+    chain = smoke / "results/smoke/runs/tiny-llama/s3/dense+depth-1"
+    shutil.rmtree(chain)
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "1",
+        *STUDY,
+        "--",
+        str((chain / "step.json").relative_to(smoke)),
+    ]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=smoke, env=environment(smoke), start_new_session=True, **silent)
+    deadline = time.monotonic() + 60
+    while not list(chain.glob(".model.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(chain.glob(".model.partial-*")), "the job never began to write"
+    subprocess.run(["pkill", "-KILL", "-f", f"prune_model.py .*{chain.name}"], check=True)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert not (chain / "model").exists()
+    assert not (chain / "step.json").exists()
+    run = snakemake(smoke, *command[3:])
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert json.loads((chain / "step.json").read_text())["samples"]["removed"]
+
+
+def test_the_report_is_written(smoke):
+    snakemake(smoke, "--cores", "2", *STUDY)
+    run = snakemake(smoke, *STUDY, "--report", "results/smoke/report.html")
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    text = (smoke / "results/smoke/report.html").read_text()
+    for name in CHARTS:
+        assert name in text
+    assert "quantized variants" in text
