@@ -128,6 +128,10 @@ AT_PARSE_TIME = {
         rename("figures", "quantization_tradeoff", "rows", "SFT Model", "SFT-Model"),
         "there is no 'SFT-Model' in this chart. Did you mean 'SFT Model'?",
     ),
+    "a misspelt task": (
+        put("suites", "zero-shot", "tasks", ["bool"]),
+        "suites.zero-shot.tasks: 'world' has no task 'bool'. Did you mean 'boolq'?",
+    ),
     "a chart of a task that its suite lacks": (
         put("suites", "zero-shot", "tasks", ["boolq", "piqa"]),
         "figures.size_tradeoff.tasks: the suite 'zero-shot' has no task 'winogrande'",

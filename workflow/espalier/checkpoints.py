@@ -166,13 +166,14 @@ def logical_parameters(model: PreTrainedModel) -> int:
 
 
 def _download(name: str, revision: str) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx.HTTPError) as error:
         raise UserError(f"The model {name}, revision {revision}, cannot be downloaded: {_first_line(error)}") from error
 
 

@@ -38,6 +38,8 @@ class Study:
         self.name = self.config.study
         self.results, self.figures = Path(results), Path(figures) / self.name
         self.root = self.results / self.name
+        for section in ("suites", "workloads"):
+            self._check_dataset_tasks(section)
         self.wanted = self._wanted()
 
     # What to make -----------------------------------------------------------------------------------------------------
@@ -115,6 +117,21 @@ class Study:
     @cached_property
     def stages(self) -> dict[str, str]:
         return {name: step.kind for name, step in self.resolved.recipes.items()}
+
+    def _check_dataset_tasks(self, section: str) -> None:
+        """Refuse a suite or workload that names a task which its dataset does not hold."""
+        for name, step in getattr(self.resolved, section).items():
+            dataset, tasks = getattr(step.recipe, "dataset", None), getattr(step.recipe, "tasks", None)
+            if dataset is None or tasks is None:
+                continue
+            if dataset.source == "demo":
+                from espalier.demo.questions import QUESTIONS as known
+            else:
+                known = [file.stem for file in (Path(dataset.path) / "tasks").glob("*.yaml")]
+            for task in tasks:
+                if task not in known:
+                    where = f"{self.file}: {section}.{name}.tasks"
+                    raise UserError(f"{where}: '{dataset.name}' has no task '{task}'.{did_you_mean(task, known)}")
 
     def _wanted(self) -> list[Wanted]:
         wanted: set[Wanted] = set()
