@@ -106,6 +106,21 @@ def test_pruned_checkpoint_equals_the_model_without_the_blocks(parent, calibrati
     assert checkpoints.describe(output)["parameters"] == checkpoints.describe(parent)["parameters"] - block
 
 
+def test_a_pruned_model_of_a_local_folder_is_the_pruned_one(parent, calibration, tmp_path):
+    """The parent is a pointer; what is saved must not point there too."""
+    pointer = tmp_path / "pointer"
+    pointer.mkdir()
+    reference = {"path": str(parent), "id": None, "revision": None, "task": "causal-lm", "dtype": "bfloat16"}
+    checkpoints.refer(pointer, {**reference, "trust_remote_code": False})
+    output, report = prune(pointer, tmp_path, blocks=2, calibration=calibration)
+    loaded = checkpoints.load(output, device="cpu")
+    assert len(loaded.model.model.layers) == report["blocks"] - 2 == 2
+    info = checkpoints.describe(output)
+    assert info["format"] == "transformers"
+    assert info["bits"] == 16
+    assert info["parameters"] == checkpoints.logical_parameters(loaded.model)
+
+
 def test_kept_blocks_stay(parent, calibration, tmp_path):
     _, report = prune(parent, tmp_path, blocks=1, calibration=calibration, keep_first=2, keep_last=1)
     assert report["removed"] == [2]

@@ -12,6 +12,8 @@ from espalier import checkpoints, plugins, recipes
 from espalier.engines import hf
 from espalier.errors import UserError
 from espalier.profile import generation, scoring
+from espalier.profile import memory as memory_workload
+from espalier.prompts import prompt
 from espalier.tables import COLUMNS
 from tiny import llama
 
@@ -170,8 +172,8 @@ def test_generation_measures_a_model(checkpoint):
 
 
 def test_prompt_is_fixed_and_ordinary(checkpoint):
-    tokens = generation.prompt(checkpoint, 1000, 0)
-    assert tokens == generation.prompt(checkpoint, 1000, 0) != generation.prompt(checkpoint, 1000, 1)
+    tokens = prompt(checkpoint, 1000, 0)
+    assert tokens == prompt(checkpoint, 1000, 0) != generation.prompt(checkpoint, 1000, 1)
     assert 256 not in tokens
     assert set(tokens) <= set(range(256))
 
@@ -274,3 +276,28 @@ def test_scoring_measures_a_model(world, checkpoint):
 def test_unknown_task_names_the_nearest(world, checkpoint):
     with pytest.raises(UserError, match="'colours'"):
         scoring.read_questions(scoring_recipe(tasks=["colour"], dataset=world), checkpoint.tokenizer)
+
+
+def test_memory_is_measured_untimed_and_a_shape_that_does_not_fit_is_a_row(checkpoint, monkeypatch):
+    """The same peaks as the timed workload's, once a shape; running out of memory is an outcome."""
+    shapes = {"input_tokens": [4], "output_tokens": [3], "batch_sizes": [1, 2]}
+    timed = generation.measure(checkpoint, generation.Recipe(**shapes, repeats=1), seed=0, device="cpu")
+    untimed = memory_workload.measure(checkpoint, memory_workload.Recipe(**shapes), seed=0, device="cpu")
+
+    def peaks(measured):
+        rows = [row for row in measured.measurements if row["metric"] == "peak_allocated"]
+        return {row["batch_size"]: row["value"] for row in rows}
+
+    assert peaks(untimed) == pytest.approx(peaks(timed), rel=0.02)
+    assert {row["metric"] for row in untimed.measurements} == set(memory_workload.UNITS)
+    original = hf.Engine.peak_allocated_bytes
+
+    def full(self, prompts, output, sampling):
+        if len(prompts) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(self, prompts, output, sampling)
+
+    monkeypatch.setattr(hf.Engine, "peak_allocated_bytes", full)
+    rows = memory_workload.measure(checkpoint, memory_workload.Recipe(**shapes), seed=0, device="cpu").measurements
+    outcomes = {row["batch_size"]: row.get("outcome", "ok") for row in rows if "batch_size" in row}
+    assert outcomes == {1: "ok", 2: "oom"}

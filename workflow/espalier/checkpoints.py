@@ -30,6 +30,8 @@ TASKS = {
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
+# What a description says of how and where a checkpoint is stored, and not of the model.
+STORAGE = ("format", "path", "id", "revision", "dtype", "bits")
 
 
 @dataclass
@@ -52,10 +54,14 @@ def describe(folder: Path) -> dict:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, info: dict) -> None:
-    """Write model, tokenizer and description into `folder`; `info` needs task and parameters."""
+    """Write model, tokenizer and description into `folder`; `info` needs task and parameters.
+
+    `info` may be the parent's with changes: how the parent was stored, and where, is left out of it.
+    """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_description(folder, info)
+    kept = {key: value for key, value in info.items() if key not in STORAGE}
+    write_description(folder, {**kept, "bits": 8 * model.dtype.itemsize})
 
 
 def write_description(folder: Path, info: dict) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from espalier import chains, plugins
-from espalier.data import Calibration, Dataset
+from espalier.data import Calibration, Dataset, fingerprint
 from espalier.errors import UserError, did_you_mean
 from espalier.recipes import as_dict, build
 
@@ -234,7 +234,7 @@ def _datasets(config: Config, file: str, results: str) -> tuple[dict[str, dict],
         elif source.path:
             if not Path(source.path).is_dir():
                 raise UserError(f"{where}.path: there is no folder {source.path}.")
-            resolved = Dataset(name, "local", path=source.path)
+            resolved = Dataset(name, "local", path=source.path, fingerprint=fingerprint(Path(source.path)))
         else:
             resolved = Dataset(name, "hub", id=source.hub, revision=source.revision)
         datasets[name] = as_dict(resolved)

@@ -7,6 +7,7 @@ Hugging Face hub with a pinned revision.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -26,12 +27,24 @@ class Dataset:
     name: str
     source: Literal["demo", "local", "hub"]
     path: str | None = None
+    fingerprint: str | None = None  # of a local folder's files: a change of them is a change of the recipe
     id: str | None = None
     revision: str | None = None
 
     def rows(self, split: str, config: str | None = None) -> list[dict]:
         """Return all rows of a split. Raises UserError for a split or config that does not exist."""
         return _hub_rows(self, split, config) if self.source == "hub" else _local_rows(self, split, config)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return 16 hex digits for the files below a folder: their content, or, above 64 MB, their size and time."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        status = file.stat()
+        small = status.st_size <= 64_000_000
+        content = file.read_bytes() if small else f"{status.st_size} {status.st_mtime_ns}".encode()
+        digest.update(str(file.relative_to(folder)).encode() + hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,10 @@ class Study:
         modules = self.step(section, name).modules if section else [module] if module else []
         return code_version(SCRIPTS / script, modules)
 
+    def timed(self, workload: str) -> bool:
+        """Return whether a workload measures time: then its jobs must share the machine with no other."""
+        return plugins.load("profile", self.step("workloads", workload).method).TIMED
+
     def generated(self, dataset: str) -> str:
         """Return the recipe of a generated dataset as JSON."""
         from espalier.recipes import as_dict

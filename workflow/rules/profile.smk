@@ -18,7 +18,7 @@ rule profile_model:
         f"{STUDY.root}/benchmarks/profile_model/{{model}}.s{{seed}}.{{chain}}.{{workload}}.tsv"
     conda:
         "../../envs/main.yaml"
-    threads: os.cpu_count()  # all of the machine: a profile shares it with no other job of the run
+    threads: lambda w: os.cpu_count() if STUDY.timed(w.workload) else 1  # a timing shares the machine with no job
     params:
         recipe=lambda w: STUDY.content("workloads", w.workload),
         code=lambda w: STUDY.code("profile_model.py", "workloads", w.workload),

@@ -10,7 +10,6 @@ out is a row with the outcome "oom", and so are the larger batches of that shape
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from espalier import checkpoints, memory, plugins
 from espalier.measured import Measured
 from espalier.progress import progress
+from espalier.prompts import prompt
 
 if TYPE_CHECKING:
     from espalier.checkpoints import Checkpoint
 
 TAKES = ("causal-lm",)
+TIMED = True  # so its jobs have the machine to themselves
 UNITS = {
     "latency": "s",
     "time_to_first_token": "s",
@@ -41,8 +42,8 @@ class Recipe:
 
     input_tokens: list[int]  # lengths of the prompt
     output_tokens: list[int]  # numbers of new tokens
-    batch_sizes: list[int]
-    engine: str = "hf"
+    batch_sizes: list[int]  # rising: what follows one that memory does not hold is not tried
+    engine: str = "hf"  # a file of espalier/engines
     sampling: Literal["greedy", "top-k-top-p"] = "greedy"
     warmup: int = 1  # untimed runs of each shape; the first one measures the memory
     repeats: int = 5  # timed runs of each shape
@@ -71,13 +72,6 @@ def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -
     ]
     rows, samples = measure_engine(engine, prompt(checkpoint, max(recipe.input_tokens), seed), recipe, seed)
     return Measured(measurements + rows, samples)
-
-
-def prompt(checkpoint: Checkpoint, length: int, seed: int) -> list[int]:
-    """Return `length` ordinary token ids, drawn once: shorter prompts are its beginnings."""
-    special = set(checkpoint.tokenizer.all_special_ids)
-    ordinary = [token for token in range(len(checkpoint.tokenizer)) if token not in special]
-    return random.Random(f"prompt-{seed}").choices(ordinary, k=length)
 
 
 def measure_engine(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from espalier.checkpoints import Checkpoint
 
 TAKES = ("causal-lm",)
+TIMED = True  # so its jobs have the machine to themselves
 UNITS = {
     "time_per_question": "s",
     "tokens_per_second": "tokens/s",

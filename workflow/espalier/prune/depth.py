@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from espalier import checkpoints
 from espalier.data import Calibration
 from espalier.errors import UserError
+from espalier.models.anatomy import blocks_of, remove_blocks
 from espalier.progress import progress
 
 if TYPE_CHECKING:
@@ -75,14 +76,6 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     return {"original_perplexity": original, "scores": scans, "removed": removed, "blocks": count}
 
 
-def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """Return the model's transformer blocks, the first one first; raises UserError where there are none to be found."""
-    blocks = getattr(model.get_decoder(), "layers", None)
-    if blocks is None:
-        raise UserError(f"Depth pruning does not know where a {type(model).__name__} keeps its transformer blocks.")
-    return blocks
-
-
 def perplexity_without(model: PreTrainedModel, removed: Sequence[int], windows: torch.Tensor, batch_size: int) -> float:
     """Return exp(mean next-token loss) over `windows` (samples × length token ids) of the model without some blocks."""
     import torch
@@ -102,19 +95,3 @@ def perplexity_without(model: PreTrainedModel, removed: Sequence[int], windows: 
     finally:
         decoder.layers = whole
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
-
-
-def remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:
-    """Remove blocks for good, so that any transformers opens the saved model: config and cache indices follow."""
-    import torch
-
-    kept = [i for i in range(len(blocks_of(model))) if i not in set(removed)]
-    decoder = model.get_decoder()
-    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
-    for position, block in enumerate(decoder.layers):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]

@@ -1,0 +1,1 @@
+"""How models are laid out; nothing here knows how a checkpoint was made."""
