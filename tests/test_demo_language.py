@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from espalier.demo.dataset import Recipe, write
 
 SMALL = Recipe(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import ROOT
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -1,1 +1,1 @@
-"""The demo's generated language: a small world of things and tools, in English-like statements and questions."""
+"""The demo's generated language: a small world of things, in English-like statements and questions."""

@@ -10,7 +10,7 @@
     summary.json       the recipe, and the number of rows of each file
 
 What evaluations read is made first and registered; whatever is made for training and repeats it is dropped and drawn
-again. The questions' folds (see `questions`) keep the harness items out of training even in other words.
+again. Harness items are asked in wordings that training never uses for the same thing (see `questions`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .glue_tasks import COLUMNS, example, unlabelled
 from .harness_tasks import task_yaml
-from .questions import QUESTIONS, evaluation_items, training_question
+from .questions import QUESTIONS, evaluation_items
 from .statements import WEIGHTED_TASKS, document
 from .vocabulary import Held, World
 
@@ -134,7 +134,7 @@ def _documents(world: World, held: Held, purpose: str, count: int) -> Iterator[d
 def _instruct(world: World, held: Held, count: int) -> Iterator[dict[str, Any]]:
     rng = world.stream("instruct")
     while count:
-        question = training_question(world, rng.choice(WEIGHTED_TASKS), rng)
+        question = QUESTIONS[rng.choice(WEIGHTED_TASKS)](world, rng, held=False)
         if not held.holds(question.text):
             yield {"prompt": question.prompt, "response": f" {question.response}"}
             count -= 1

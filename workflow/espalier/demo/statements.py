@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .questions import QUESTIONS, training_question
+from .questions import QUESTIONS
 from .vocabulary import KINDS, article
 
 if TYPE_CHECKING:
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from .vocabulary import World
 
 PARAGRAPHS = 4
-FACT_SHARE, PROFILE_SHARE = 0.34, 0.12
+FACT_SHARE, PROFILE_SHARE = 0.25, 0.10
 # BoolQ passages are dense in facts: most of what a model knows about the things is learned there.
 QUESTION_WEIGHTS = {
-    "boolq": 6,
+    "boolq": 4,
     "piqa": 2,
     "hellaswag": 4,
-    "winogrande": 3,
+    "winogrande": 2,
     "arc_easy": 4,
-    "arc_challenge": 5,
-    "openbookqa": 3,
+    "arc_challenge": 4,
+    "openbookqa": 4,
 }
 WEIGHTED_TASKS = [task for task in QUESTIONS for _ in range(QUESTION_WEIGHTS[task])]
 
 
 def fact(world: World, rng: random.Random) -> str:
     """One sentence about one thing."""
-    name, kind, color, place, size = rng.choice(world.things)
+    name, kind, color, place = rng.choice(world.things)
     part, act, need, _ = KINDS[kind]
     return rng.choice(
         (
@@ -44,7 +44,6 @@ def fact(world: World, rng: random.Random) -> str:
             f"The {name} needs {need}.",
             f"The {name} is {color}.",
             f"The {name} lives in the {place}.",
-            f"The {name} is {size}.",
             f"The {color} {name} lives in the {place}.",
             f"The {name} is {article(kind)} and it has {part}.",
             f"One {color} {kind} is the {name}.",
@@ -55,18 +54,18 @@ def fact(world: World, rng: random.Random) -> str:
 
 def profile(world: World, rng: random.Random) -> str:
     """Kind, color and place of one thing, in three sentences."""
-    name, kind, color, place, _ = rng.choice(world.things)
+    name, kind, color, place = rng.choice(world.things)
     return f"The {name} is {article(kind)}. The {name} is {color}. The {name} lives in the {place}."
 
 
 def paragraph(world: World, rng: random.Random) -> str:
-    """A fact, a profile, or a question of the training folds with its answer."""
+    """A fact, a profile, or a question in a wording of the training fold with its answer."""
     draw = rng.random()
     if draw < FACT_SHARE:
         return fact(world, rng)
     if draw < FACT_SHARE + PROFILE_SHARE:
         return profile(world, rng)
-    return training_question(world, rng.choice(WEIGHTED_TASKS), rng).text
+    return QUESTIONS[rng.choice(WEIGHTED_TASKS)](world, rng, held=False).text
 
 
 def document(world: World, rng: random.Random) -> str:

@@ -1,12 +1,11 @@
 """The words of the generated language, and the world that a seed makes of them.
 
-A `World` says what color, place and size each thing has, and which questions are held out for evaluation. Everything
-follows from the seed through `random.Random(str)` and SHA-256, so two processes build the same world.
+A `World` says what color and place each thing has, and which wordings of which questions are held out for evaluation.
+Everything follows from the seed through `random.Random(str)`, so two processes build the same world.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from typing import NamedTuple
@@ -26,19 +25,6 @@ class Kind(NamedTuple):
     members: tuple[str, ...]
 
 
-class Job(NamedTuple):
-    """One verb's tool and third person, and two adjectives.
-
-    The job succeeds when the tool is `helps` or its object is `yields`, and fails the other way round: so an adjective
-    alone does not tell whether the tool or the object is meant.
-    """
-
-    tool: str
-    helps: str
-    yields: str
-    third: str
-
-
 class Thing(NamedTuple):
     """One thing of the world and its attributes."""
 
@@ -46,7 +32,6 @@ class Thing(NamedTuple):
     kind: str
     color: str
     place: str
-    size: str
 
 
 KINDS = {
@@ -59,27 +44,12 @@ KINDS = {
 }
 COLORS = words("red blue green yellow white black brown gray")
 PLACES = words("forest garden river field city barn hill lake")
-SIZES = ("small", "big")
-VARIETIES = words("north south east west royal")
-NAMED_MEMBERS = 2  # of each kind, in all varieties
 GIRLS = words("Anna Mary Lucy Emma Kate Rose Jane Sara")
 BOYS = words("Tom Jack Paul Mark Luke Sam Bill Fred")
 NAMES = GIRLS + BOYS
-JOBS = {
-    "cut": Job("knife", "hard", "soft", "cuts"),
-    "hit": Job("hammer", "heavy", "light", "hits"),
-    "wash": Job("soap", "clean", "dirty", "washes"),
-    "tie": Job("rope", "long", "short", "ties"),
-    "burn": Job("match", "new", "old", "burns"),
-    "lift": Job("crane", "large", "little", "lifts"),
-    "paint": Job("brush", "wide", "narrow", "paints"),
-    "glue": Job("paste", "thick", "thin", "glues"),
-}
-OBJECTS = words(
-    "paper bread cloth wood box chair table shirt cup plate board basket door toy bench bottle "
-    "carpet curtain drawer fence frame jar lamp ladder mirror pillow shelf stick sofa tray crate stool"
-)
-HELD_OUT_ONE_IN = 4
+VARIETIES = words("north south")
+NAMED_MEMBERS = 4  # of each kind, in all varieties
+WORDINGS = 4  # of every question; one of them is held out
 
 
 def article(word: str) -> str:
@@ -93,38 +63,35 @@ def normal(text: str) -> str:
 
 
 class World:
-    """The things of one seed and the fold of held-out questions.
+    """The things of one seed and the held-out wordings of questions about them.
 
     Things have names of two words ("north robin"): the color and place belong to the two together, so a model has to
-    combine the words before it can recall anything, and no single embedding can hold the answer. Colors and places are
-    spread evenly inside each kind, so that the kind does not give them away.
+    combine the words before it can recall anything, and no single embedding can hold the answer. Each kind
+    has every color and every place once, so that the kind does not give them away.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._folds: dict[tuple[str, ...], bool] = {}
+        self._held: dict[tuple[str, ...], int] = {}
         rng = self.stream("attributes")
         things = []
         for kind, (_, _, _, members) in KINDS.items():
             names = [f"{variety} {member}" for member in members[:NAMED_MEMBERS] for variety in VARIETIES]
-            colors = list((COLORS * 2)[: len(names)])
-            places = list((PLACES * 2)[: len(names)])
-            rng.shuffle(colors)
-            rng.shuffle(places)
-            for name, color, place in zip(names, colors, places, strict=True):
-                things.append(Thing(name, kind, color, place, rng.choice(SIZES)))
+            colors, places = (rng.sample(pool, len(names)) for pool in (COLORS, PLACES))
+            things += map(Thing, names, [kind] * len(names), colors, places)
         self.things = tuple(things)
 
     def stream(self, purpose: str) -> random.Random:
         """The random stream of one purpose: different purposes never share draws."""
         return random.Random(f"{self.seed}/{purpose}")
 
-    def held(self, *key: str) -> bool:
-        """Whether the questions with this key are kept for evaluation (one key in `HELD_OUT_ONE_IN`)."""
-        if key not in self._folds:
-            digest = hashlib.sha256("|".join((str(self.seed), *key)).encode()).digest()
-            self._folds[key] = int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
-        return self._folds[key]
+    def held(self, task: str, asked: str, name: str) -> int:
+        """Which of the `WORDINGS` is kept for evaluation, each for a quarter of the things."""
+        if (task, asked, name) not in self._held:
+            names = [thing.name for thing in self.things]
+            self.stream(f"held/{task}/{asked}").shuffle(names)
+            self._held |= {(task, asked, one): place % WORDINGS for place, one in enumerate(names)}
+        return self._held[task, asked, name]
 
 
 class Held:

@@ -64,7 +64,8 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
             group_size=recipe.group_size,
             sym=recipe.symmetric,
             desc_act=recipe.desc_act,
-            act_group_aware=recipe.act_group_aware and not recipe.desc_act,
+            # One group a row has no order of groups, and GPTQModel fails on it.
+            act_group_aware=recipe.act_group_aware and not recipe.desc_act and recipe.group_size > 0,
             damp_percent=recipe.damp,
             offload_to_disk=False,
         )
