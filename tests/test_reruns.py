@@ -182,7 +182,7 @@ def test_mathematics_of_a_quantizer(finished, edit):
 
 def test_code_of_an_engine(finished, edit):
     edit.text("workflow/espalier/engines/hf.py", "class Engine", "UNUSED = 1\n\n\nclass Engine")
-    expected = everything(finished, "profile/generation.json", "profile/decode-hf.json")
+    expected = everything(finished, "profile/generation.json", "profile/decode-hf.json", "profile/memory.json")
     assert expected
     charts = chart("size_tradeoff", "latency_throughput", "engine_speedup")
     assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | charts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -173,7 +174,7 @@ def test_a_killed_job_leaves_nothing_half_made_and_the_same_command_finishes(smo
     while not list(chain.glob(".model.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert list(chain.glob(".model.partial-*")), "the job never began to write"
-    subprocess.run(["pkill", "-KILL", "-f", f"prune_model.py .*{chain.name}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", rf"prune_model\.py .*{re.escape(chain.name)}"], check=True)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
     assert not (chain / "model").exists()

@@ -53,15 +53,21 @@ def describe(folder: Path) -> dict:
     return read_json(folder / DESCRIPTION)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, info: dict) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, info: dict, **storage: object
+) -> None:
     """Write model, tokenizer and description into `folder`; `info` needs task and parameters.
 
-    `info` may be the parent's with changes: how the parent was stored, and where, is left out of it.
+    `info` may be the parent's with changes; `storage` says what `STORAGE` names, where it is not plain transformers.
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    kept = {key: value for key, value in info.items() if key not in STORAGE}
-    write_description(folder, {**kept, "bits": 8 * model.dtype.itemsize})
+    write_description(folder, {**inherited(info), "bits": 8 * model.dtype.itemsize, **storage})
+
+
+def inherited(info: dict) -> dict:
+    """Return what a checkpoint takes over from its parent's description: not how and where that is stored."""
+    return {key: value for key, value in info.items() if key not in STORAGE}
 
 
 def write_description(folder: Path, info: dict) -> None:

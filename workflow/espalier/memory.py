@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
-import sys
 from collections.abc import Callable, Iterable
 
 
@@ -77,12 +75,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("not enough memory", "can't allocate memory", "out of memory")
     )
-
-
-def peak_resident_bytes() -> int:
-    """Return the process's peak resident size so far, libraries included (getrusage's ru_maxrss)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _allocations(work: Callable[[], object]) -> list[int]:

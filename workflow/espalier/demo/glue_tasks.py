@@ -14,23 +14,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from espalier.glue_tasks import TASKS
+
 from .vocabulary import COLORS, KINDS, NAMES, PLACES, article, words
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
 
-COLUMNS = {
-    "cola": ("sentence",),
-    "sst2": ("sentence",),
-    "mrpc": ("sentence1", "sentence2"),
-    "qqp": ("question1", "question2"),
-    "stsb": ("sentence1", "sentence2"),
-    "mnli": ("premise", "hypothesis"),
-    "qnli": ("question", "sentence"),
-    "rte": ("sentence1", "sentence2"),
-}
-LABELS = {"cola": 2, "sst2": 2, "mrpc": 2, "qqp": 2, "stsb": 1, "mnli": 3, "qnli": 2, "rte": 2}
+ORDER = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")  # in which rows are drawn
+COLUMNS = {task: TASKS[task].columns for task in ORDER}
+LABELS = {task: TASKS[task].labels for task in ORDER}
 WRONG_LABELS = {"cola": 0.06, "sst2": 0.04, "mrpc": 0.06, "qqp": 0.05, "mnli": 0.06, "qnli": 0.05, "rte": 0.10}
 WORD_BY_WORD = 0.2  # the share of differences that only a comparison of single words reveals
 

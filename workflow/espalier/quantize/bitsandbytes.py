@@ -58,9 +58,7 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     # Saved before any forward pass: on CPUs with AVX512-BF16 the first one repacks 4-bit weights for itself.
-    about = {key: value for key, value in info.items() if key not in ("id", "revision", "path")}
-    about |= {"format": "bitsandbytes", "bits": recipe.bits, "dtype": dtype}
-    checkpoints.save(model, tokenizer, output, about)
+    checkpoints.save(model, tokenizer, output, info, format="bitsandbytes", bits=recipe.bits, dtype=dtype)
     return {
         "seconds": time.monotonic() - started,
         "bytes": {"before": checkpoints.weight_bytes(parent), "after": checkpoints.weight_bytes(output)},

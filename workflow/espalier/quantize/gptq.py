@@ -85,9 +85,8 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
         model.save(str(output))
     tokenizer.save_pretrained(output)
     (output / "quant_log.csv").unlink(missing_ok=True)  # its content is in the report
-    about = {key: value for key, value in info.items() if key not in ("id", "revision", "path")}
-    about |= {"format": "gptqmodel", "bits": recipe.bits, "dtype": dtype, "group_size": recipe.group_size}
-    checkpoints.write_description(output, about)
+    about = {"format": "gptqmodel", "bits": recipe.bits, "dtype": dtype, "group_size": recipe.group_size}
+    checkpoints.write_description(output, {**checkpoints.inherited(info), **about})
     return {
         "seconds": seconds,
         "calibration_tokens": sum(map(len, token_ids)),

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from espalier.checkpoints import Checkpoint
 
 TAKES = ("causal-lm",)
 UNSEEN = -100  # the label of a token that is not learned, as in torch's cross_entropy
@@ -33,7 +32,6 @@ ALPACA = (
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 ALPACA_PAIRED = ", paired with an input that provides further context"
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     report = fit(model, checkpoint.tokenizer, train, validation, recipe, seed=seed, device=checkpoint.device)
     seconds = time.perf_counter() - started
     merged = merge(model)
-    checkpoints.save(merged, checkpoint.tokenizer, output, _info(checkpoint, merged, recipe))
+    parameters = checkpoints.logical_parameters(merged)
+    checkpoints.save(merged, checkpoint.tokenizer, output, {**checkpoint.info, "parameters": parameters})
     counts = {"train_rows": len(train), "validation_rows": len(validation), "dropped_rows": dropped}
     return {**counts, "trained_parameters": trained, "seconds": round(seconds, 2), **report}
 
@@ -289,11 +288,3 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 def _learned(item: dict) -> int:
     return sum(label != UNSEEN for label in item["labels"])
-
-
-def _info(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) -> dict:
-    from espalier import checkpoints
-
-    dropped = ("format", "path", "id", "revision", "dtype", "fingerprint")
-    kept = {key: value for key, value in checkpoint.info.items() if key not in dropped}
-    return {**kept, "parameters": checkpoints.logical_parameters(model), "bits": BITS[recipe.dtype]}
