@@ -32,6 +32,16 @@ def test_a_full_disk_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".model.partial-1").mkdir()
+    (tmp_path / ".model.partial-1" / "half").write_text("half")
+    (tmp_path / ".result.json.partial-1").write_text("half")
+    with whole_folder(tmp_path / "model"):
+        pass
+    write_json(tmp_path / "result.json", {})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "result.json"]
+
+
 def test_a_folder_appears_whole(tmp_path):
     with whole_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conftest import copy_project, environment, snakemake
@@ -158,30 +158,64 @@ def test_a_killed_job_leaves_nothing_half_made_and_the_same_command_finishes(smo
     """The job is killed while it writes; snakemake is interrupted with it."""
     chain = smoke / "results/smoke/runs/tiny-llama/s3/dense+depth-1"
     shutil.rmtree(chain)
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        "1",
-        *STUDY,
-        "--",
-        str((chain / "step.json").relative_to(smoke)),
-    ]
+    arguments = ["--cores", "1", *STUDY, "--", str((chain / "step.json").relative_to(smoke))]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-m", "snakemake", *arguments]
     process = subprocess.Popen(command, cwd=smoke, env=environment(smoke), start_new_session=True, **silent)
     deadline = time.monotonic() + 60
     while not list(chain.glob(".model.partial-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert list(chain.glob(".model.partial-*")), "the job never began to write"
-    subprocess.run(["pkill", "-KILL", "-f", rf"prune_model\.py .*{re.escape(chain.name)}"], check=True)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
     assert not (chain / "model").exists()
     assert not (chain / "step.json").exists()
-    run = snakemake(smoke, *command[3:])
+    run = snakemake(smoke, *arguments)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert json.loads((chain / "step.json").read_text())["samples"]["removed"]
+    assert sorted(file.name for file in chain.iterdir() if "partial" in file.name) == []
+
+
+def test_a_model_and_a_dataset_of_local_folders(smoke):
+    """A model of one's own: pruned and quantized from where it lies, and measured as the one that was trained here."""
+    (smoke / "mine.yaml").write_text(
+        """
+study: mine
+device: cpu
+datasets:
+  text: {path: results/smoke/data/world}
+models:
+  mine: {path: results/smoke/runs/tiny-llama/s3/dense/model}
+calibrations:
+  few: {text: {dataset: text, split: calibration}, samples: 4, length: 32}
+recipes:
+  depth-1: {prune: depth, blocks: 1, calibration: few}
+  bnb-nf4: {quantize: bitsandbytes, bits: 4}
+suites:
+  heldout: {evaluate: perplexity, text: {dataset: text, split: heldout}, window: 64}
+measure:
+  - {model: mine, chains: [dense, dense+depth-1+bnb-nf4], suites: [heldout]}
+figures: {}
+"""
+    )
+    run = snakemake(smoke, "--cores", "2", "--configfile", "mine.yaml")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    table = {(row["chain"], row["metric"]): row for row in rows(smoke / "results/mine/tables/metrics.csv")}
+    trained = smoke / "results/smoke/runs/tiny-llama/s3"
+    same = [json.loads((trained / "dense/step.json").read_text())["checkpoint"]["parameters"]]
+    assert [int(float(table["dense", "parameters"]["value"]))] == same
+    assert table["dense+depth-1+bnb-nf4", "perplexity"]["bits"] == "4.0"
+    assert float(table["dense+depth-1+bnb-nf4", "parameters"]["value"]) < same[0]
+    assert float(table["dense", "perplexity"]["value"]) > 1
+    assert not (smoke / "results/mine/runs/mine/s0/dense/model/model.safetensors").exists(), "a pointer, not a copy"
+    heldout = smoke / "results/smoke/data/world/heldout.jsonl"
+    text = heldout.read_text()
+    heldout.write_text(text + json.dumps({"text": "one more document"}) + "\n")
+    run = snakemake(smoke, "-n", "--configfile", "mine.yaml")
+    heldout.write_text(text)
+    assert "rule evaluate_model" in run.stdout, "an edit to a local dataset reruns what reads it"
 
 
 def test_the_report_is_written(smoke):

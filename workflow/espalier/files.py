@@ -16,8 +16,7 @@ from espalier.errors import UserError
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place only if the block succeeds, after a sync."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _partial(path)
     try:
         yield partial
         _sync(partial)
@@ -32,9 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` to fill; it takes `path`'s place only if the block succeeds."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(path)
     try:
         partial.mkdir()
         yield partial
@@ -67,6 +64,14 @@ def read_json(path: Path) -> dict:
             f"{path} is not valid JSON ({error}). It is truncated or damaged: delete it, and the"
             " workflow makes it again."
         ) from None
+
+
+def _partial(path: Path) -> Path:
+    """Return a path to write to, beside `path`; what a killed process left there is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.partial-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
 def _sync(path: Path) -> None:
