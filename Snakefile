@@ -37,6 +37,9 @@ if not workflow.deployment_settings.deployment_method:
 RUN = f"{STUDY.root}/runs/{{model}}/s{{seed}}"
 
 
+report: "workflow/report/workflow.rst"
+
+
 wildcard_constraints:
     model=STUDY.pattern(STUDY.resolved.models),
     seed=r"\d+",
@@ -58,6 +61,7 @@ include: "workflow/rules/figures.smk"
 
 
 rule all:
+    """Make all tables and charts of this study."""
     default_target: True
     input:
         rules.tables.input,

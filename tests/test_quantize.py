@@ -76,9 +76,9 @@ def naive_gptq(found: dict, name: str, bits: int) -> torch.Tensor:
     return scales[groups] * (codes - zeros[groups])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq_layers_multiply_by_what_is_in_the_file(made, bits):
-    folder, _ = made("gptq", bits=bits)
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 32), (4, 32), (8, 32), (4, -1)])
+def test_gptq_layers_multiply_by_what_is_in_the_file(made, bits, group):
+    folder, _ = made("gptq", bits=bits, **({} if group == 32 else {"group_size": group}))
     found, model = weights(folder), checkpoints.load(folder, device="cpu").model
     for layer in LAYERS:
         name = f"model.layers.1.{layer}"

@@ -61,11 +61,13 @@ rule draw_reference_figure:
 
 
 rule figures:
+    """Draw all charts of this study."""
     input:
         expand(f"{STUDY.figures}/{{figure}}.svg", figure=STUDY.resolved.figures),
 
 
 rule reference_figures:
+    """Draw all charts from published values alone."""
     input:
         expand("figures/reference/{figure}.svg", figure=plugins.names("figures")),
 

@@ -23,9 +23,9 @@ rule generate_data:
 
 
 rule pretrain_model:
+    """Train a small model from scratch."""
     input:
         data=lambda w: STUDY.data("pretrained", w.model),
-    """Train a small model from scratch."""
     output:
         model=directory(f"{RUN}/dense/model"),
         step=f"{RUN}/dense/step.json",

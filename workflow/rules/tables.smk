@@ -59,5 +59,6 @@ if "quantization_tradeoff" in STUDY.resolved.figures:
 
 
 rule tables:
+    """Make all tables of this study."""
     input:
         TABLES,
