@@ -36,10 +36,10 @@ class Recipe:
 
     seed: int = 0  # of the world and of everything drawn from it
     pretrain_documents: int = 24000  # of four paragraphs, about 65 tokens together
-    instruct_pairs: int = 8000
+    instruct_pairs: int = 8000  # questions with answers, for fine-tuning
     calibration_documents: int = 3000  # more than 2000 samples of 64 tokens
-    heldout_documents: int = 200
-    encoder_texts: int = 16000
+    heldout_documents: int = 200  # unseen documents, for perplexity
+    encoder_texts: int = 16000  # sentences and pairs for the encoder's pretraining
     items_per_task: int = 200  # of each of the seven zero-shot tasks
     glue_train: int = 8000  # rows a task
     glue_validation: int = 600  # rows a split

@@ -32,7 +32,7 @@ RESAMPLES = 200
 class Recipe:
     """Which task is scored, and on what."""
 
-    task: glue_tasks.Name
+    task: glue_tasks.Name  # a GLUE task
     dataset: Dataset
     batch_size: int = 64  # it does not change the result beyond rounding
     max_length: int = 128  # tokens; longer inputs are cut

@@ -34,7 +34,7 @@ METRICS = ("acc", "acc_norm")
 class Recipe:
     """Which tasks are scored, and how."""
 
-    tasks: list[str]
+    tasks: list[str]  # names of tasks
     dataset: Dataset | None = None  # its folder tasks/ holds {task}.yaml; none: the harness's own tasks, by name
     batch_size: int = 64  # it does not change the result beyond rounding
     limit: int | None = None  # score only the first questions of each task

@@ -62,9 +62,9 @@ PUBLISHED_TITLE = "FlashDecoding++: decode speed-up over HF (published)"
 class Panel:
     """One panel: one variant of one model, run by each engine's workload."""
 
-    title: str
-    model: str
-    chain: str
+    title: str  # stands above
+    model: str  # name of a model
+    chain: str  # variant of the model
     series: dict[str, str]  # name of `SERIES` → workload
 
 
@@ -72,8 +72,8 @@ class Panel:
 class Recipe:
     """What the chart plots: "decode_throughput" (tokens/s) of each workload, all its batch sizes and contexts."""
 
-    title: str
-    panels: list[Panel]
+    title: str  # stands above
+    panels: list[Panel]  # one a model and device
 
 
 def needs(recipe: Recipe) -> list[Need]:

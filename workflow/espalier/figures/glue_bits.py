@@ -68,8 +68,8 @@ PUBLISHED_TITLE = "XTC: BERT on GLUE at 32, 2 and 1 bits (published)"
 class Recipe:
     """What the chart plots: for each task its suite, the teacher's chain, and each student's chain."""
 
-    title: str
-    model: str
+    title: str  # stands above the chart
+    model: str  # name of an encoder
     suite: dict[str, str]  # task → suite
     teacher: dict[str, str]  # task → chain
     students: dict[str, dict[int | str, dict[str, str]]] = field(default_factory=dict)  # budget → bits → task → chain

@@ -49,8 +49,8 @@ PUBLISHED_TITLE = "Shortened LLaMA: latency and throughput (published)"
 class Row:
     """One row of panels: a model and the chain of each series."""
 
-    title: str
-    model: str
+    title: str  # stands above
+    model: str  # name of a model
     series: dict[str, str]  # name of `SERIES` → chain
 
 
@@ -58,9 +58,9 @@ class Row:
 class Recipe:
     """What the chart plots: "latency" (s) and "throughput" (tokens/s) of one workload, all its conditions."""
 
-    title: str
-    workload: str
-    rows: list[Row]
+    title: str  # stands above
+    workload: str  # name of a workload of the method generation
+    rows: list[Row]  # one a model
 
 
 def needs(recipe: Recipe) -> list[Need]:

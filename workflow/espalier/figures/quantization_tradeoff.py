@@ -84,9 +84,9 @@ PUBLISHED_TITLE = "Quantization of a 1 B model (published)"
 class Recipe:
     """What the chart plots; rows stand in the order of `ROWS`, then of `extra_rows`."""
 
-    title: str
-    model: str
-    suite: str
+    title: str  # stands above the chart
+    model: str  # name of a model
+    suite: str  # name of the suite that scores the tasks
     tasks: dict[str, str]  # task → metric: the accuracy is the unweighted mean of these
     workload: str  # profile that scores questions
     rows: dict[str, str]  # name of `ROWS` → chain

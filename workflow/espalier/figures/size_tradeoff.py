@@ -39,20 +39,20 @@ PUBLISHED_TITLE = "Shortened LLaMA: memory and accuracy by model size (published
 class Memory:
     """The condition of the workload at which peak memory is plotted."""
 
-    batch_size: int
-    input_tokens: int
-    output_tokens: int
+    batch_size: int  # prompts at once
+    input_tokens: int  # length of the prompts
+    output_tokens: int  # new tokens a prompt
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the chart plots; its bars stand at the parameter count of each chain."""
 
-    title: str
-    model: str
+    title: str  # stands above the chart
+    model: str  # name of a model
     suite: str  # evaluation whose tasks are averaged
     workload: str  # profile that holds peak memory ("peak_allocated")
-    memory: Memory
+    memory: Memory  # which of the workload's shapes is plotted
     tasks: dict[str, str]  # task → metric: the accuracy is the unweighted mean of these
     series: dict[str, list[str]]  # name of `SERIES` → chains, one a size
 

@@ -35,16 +35,16 @@ class Recipe:
 
     text: Text  # the training documents
     vocabulary: int = 1024  # at most
-    hidden: int = 128
-    layers: int = 8
-    heads: int = 4
-    mlp: int = 64
-    init_std: float = 0.04
+    hidden: int = 128  # width of the residual stream
+    layers: int = 8  # transformer blocks
+    heads: int = 4  # attention heads; they divide hidden
+    mlp: int = 64  # neurons of each block; few, so that every block is needed
+    init_std: float = 0.04  # standard deviation of the initial weights
     window: int = 64  # tokens of one training sample; documents are joined by the end token and cut into windows
-    batch: int = 16
-    steps: int = 1200
-    muon_lr: float = 0.02
-    adamw_lr: float = 8e-3
+    batch: int = 16  # windows an optimizer step
+    steps: int = 1200  # optimizer steps
+    muon_lr: float = 0.02  # peak learning rate of the matrices
+    adamw_lr: float = 8e-3  # peak learning rate of the rest
     weight_decay: float = 0.05  # of the matrices
     warmup: float = 0.05  # share of the steps
 

@@ -36,14 +36,14 @@ class Recipe:
     dataset: Dataset
     split: str = "encoder"  # rows of `text` and `pair`, which may be empty
     vocabulary: int = 1000  # at most
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    mlp: int = 512
+    hidden: int = 128  # width of the residual stream
+    layers: int = 4  # transformer blocks
+    heads: int = 4  # attention heads; they divide hidden
+    mlp: int = 512  # neurons of each block
     max_tokens: int = 64  # of a sentence or a pair
-    batch: int = 64
-    steps: int = 320
-    lr: float = 2e-3
+    batch: int = 64  # rows an optimizer step
+    steps: int = 320  # optimizer steps
+    lr: float = 2e-3  # peak learning rate
     masked: float = 0.25  # share of the words
     warmup: float = 0.1  # share of the steps
 

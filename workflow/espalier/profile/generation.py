@@ -44,7 +44,7 @@ class Recipe:
     output_tokens: list[int]  # numbers of new tokens
     batch_sizes: list[int]  # rising: what follows one that memory does not hold is not tried
     engine: str = "hf"  # a file of espalier/engines
-    sampling: Literal["greedy", "top-k-top-p"] = "greedy"
+    sampling: Literal["greedy", "top-k-top-p"] = "greedy"  # top-k-top-p: k 50, p 0.95, as the paper has it
     warmup: int = 1  # untimed runs of each shape; the first one measures the memory
     repeats: int = 5  # timed runs of each shape
 

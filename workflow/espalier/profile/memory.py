@@ -28,7 +28,7 @@ class Recipe:
 
     input_tokens: list[int]  # lengths of the prompt
     output_tokens: list[int]  # numbers of new tokens
-    batch_sizes: list[int]
+    batch_sizes: list[int]  # prompts at once
     engine: str = "hf"  # a file of espalier/engines
 
     def check(self) -> None:

@@ -40,7 +40,7 @@ UNITS = {
 class Recipe:
     """Which questions are scored."""
 
-    tasks: list[str]
+    tasks: list[str]  # names of tasks
     dataset: Dataset | None = None  # its folder tasks/ holds {task}.yaml; none: the harness's own tasks, by name
     questions: int = 100  # the first ones of each task
     warmup: int = 4  # questions scored before the clock runs

@@ -32,7 +32,7 @@ class Recipe:
 
     blocks: int  # number of blocks to remove
     calibration: Calibration
-    criterion: Literal["perplexity"] = "perplexity"
+    criterion: Literal["perplexity"] = "perplexity"  # what ranks the blocks: the calibration perplexity without each
     schedule: Literal["one-shot", "greedy"] = "one-shot"  # greedy scores the blocks again after each removal
     keep_first: int = 0  # blocks at the start that always stay (the paper's "+" variants keep 4)
     keep_last: int = 0  # blocks at the end that always stay (the paper's "+" variants keep 2)

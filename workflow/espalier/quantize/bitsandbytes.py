@@ -23,7 +23,7 @@ TAKES = ("causal-lm",)
 class Recipe:
     """How weights are stored, and what they are multiplied in."""
 
-    bits: Literal[4, 8]
+    bits: Literal[4, 8]  # a weight
     type: Literal["nf4", "fp4"] = "nf4"  # 4 bits: codes spaced for normally distributed weights, or a small float
     double_quantization: bool = False  # 4 bits: the scales of blocks are quantized as well
     threshold: float = 6.0  # 8 bits: input columns with a larger magnitude are left in higher precision

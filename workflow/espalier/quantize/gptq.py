@@ -26,7 +26,7 @@ PACKED = 32  # weights are packed in words of 32 bits, along both sides
 class Recipe:
     """How weights are stored, and what the errors are measured on."""
 
-    bits: Literal[2, 3, 4, 8]
+    bits: Literal[2, 3, 4, 8]  # a weight
     calibration: Calibration
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128  # input channels that share a scale; -1: all of them
     symmetric: bool = True  # zero is a code in the middle; otherwise every group has a zero point of its own

@@ -27,17 +27,17 @@ GIVES = "sequence-classification"
 class Recipe:
     """The task, its data, and how the encoder is trained on it. Give exactly one of `steps` and `epochs`."""
 
-    task: glue_tasks.Name
+    task: glue_tasks.Name  # a GLUE task
     dataset: Dataset
-    split: str = "train"
+    split: str = "train"  # rows that are trained on
     steps: int | None = None  # optimizer steps
     epochs: float | None = None  # passes over the split
-    batch_size: int = 32
-    learning_rate: float = 2.0e-5
+    batch_size: int = 32  # rows an optimizer step
+    learning_rate: float = 2.0e-5  # peak, of AdamW; it rises and falls linearly
     warmup: float = 0.1  # share of the steps
     weight_decay: float = 0.01  # of matrices; never of biases and norms
-    adam_beta2: float = 0.999
-    max_gradient_norm: float = 1.0
+    adam_beta2: float = 0.999  # AdamW's decay of squared gradients
+    max_gradient_norm: float = 1.0  # gradients are scaled down to this norm
     max_length: int = 128  # tokens; longer inputs are cut
     autocast: bool = False  # matrix products in bfloat16; weights and their updates stay in float32
     attention: Literal["sdpa", "eager"] = "sdpa"  # eager is faster for tiny models on a CPU

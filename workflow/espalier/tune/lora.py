@@ -39,23 +39,23 @@ class Recipe:
     """The data, the adapter, and how it is trained. Give exactly one of `steps` and `epochs`."""
 
     dataset: Dataset
-    split: str = "train"
+    split: str = "train"  # rows that are trained on, and of which some are set aside
     config: str | None = None  # a subset of the dataset
     template: Literal["plain", "alpaca"] = "plain"  # columns: prompt, response; or instruction, input, output
     separator: str = ""  # plain: stands between prompt and response, and is learned with the response
     end_token: bool = True  # whether the end of a response is learned too
-    r: int = 8
+    r: int = 8  # rank of the update of each layer
     alpha: float = 16.0  # the update is alpha / r · B·A
-    dropout: float = 0.05
+    dropout: float = 0.05  # of the adapter's input, while it is trained
     targets: list[str] | None = None  # names of linear layers, such as q_proj; none: all linear layers of the blocks
     steps: int | None = None  # optimizer steps
     epochs: float | None = None  # passes over the training rows
     batch_size: int = 64  # rows in an optimizer step
     micro_batch: int = 4  # rows computed at once; it does not change the result beyond rounding and dropout
-    learning_rate: float = 1.0e-4
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
+    learning_rate: float = 1.0e-4  # peak, of AdamW; it rises and falls linearly
+    warmup_steps: int = 100  # steps in which the learning rate rises
+    weight_decay: float = 0.0  # of the adapter
+    max_gradient_norm: float = 1.0  # gradients are scaled down to this norm
     cutoff: int = 256  # tokens of prompt and response; what is longer is cut
     validation_samples: int = 2000  # rows set aside, drawn by the seed; 0: keep the last adapter
     validate_every: int = 200  # steps; the last step is always validated
