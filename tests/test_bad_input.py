@@ -112,6 +112,10 @@ AT_PARSE_TIME = {
         put("figures", "latency_throughput", "workload", "generatoin"),
         "figures.latency_throughput: there is no workload 'generatoin'. Did you mean 'generation'?",
     ),
+    "a workload of no batch": (
+        put("workloads", "memory", "batch_sizes", []),
+        "workloads.memory: 'batch_sizes' must be",
+    ),
     "a misspelt engine": (
         put("workloads", "generation", "engine", "hff"),
         "workloads.generation.engine: there is no engines method 'hff'. Did you mean 'hf'?",

@@ -102,6 +102,12 @@ def test_size_chart_keeps_an_oom_as_an_empty_value_and_names_absent_series():
     assert "Peak memory (MB)" in text
 
 
+def test_size_chart_takes_no_row_of_another_or_an_unsaid_shape():
+    rows = [one | {"batch_size": None} for one in variant("dense", 652_000, {1: (0.5, 0.7)}, 3 * 2**20)]
+    with pytest.raises(UserError, match="workload 'memory' has no row with batch_size 1, input_tokens 8"):
+        size_tradeoff.measured(size_recipe({"Original": ["dense"]}), frame(rows))
+
+
 def test_size_config_mistakes_are_named():
     needed = [Need("m", "a", "evaluate", "tasks"), Need("m", "a", "profile", "memory")]
     assert size_tradeoff.needs(size_recipe({"Ours": ["a"]})) == needed

@@ -22,22 +22,8 @@ def step(kind: str, arguments: argparse.Namespace, script: Path) -> None:
     with whole_folder(arguments.output) as folder:
         report = module.apply(arguments.parent, folder, recipe, seed=arguments.seed, device=device)
         info = checkpoints.describe(folder)
-    measurements = [
-        {"task": kind, "metric": "parameters", "value": info["parameters"], "unit": "parameters"},
-        {"task": kind, "metric": "seconds", "value": round(time.time() - started, 3), "unit": "s"},
-    ]
-    write_json(
-        arguments.step,
-        envelope(
-            kind="step",
-            identity=cli.identity(arguments),
-            recipe=content,
-            checkpoint=info,
-            measurements=measurements,
-            samples=report,
-            provenance=_provenance(started, device, script, plugins.modules(module, recipe)),
-        ),
-    )
+    origin = _provenance(started, device, script, plugins.modules(module, recipe))
+    _write_step(arguments, kind, content, info, report, origin)
 
 
 def fetch(arguments: argparse.Namespace, script: Path) -> None:
@@ -46,21 +32,7 @@ def fetch(arguments: argparse.Namespace, script: Path) -> None:
     with whole_folder(arguments.output) as folder:
         report = checkpoints.refer(folder, arguments.reference)
         info = checkpoints.describe(folder)
-    write_json(
-        arguments.step,
-        envelope(
-            kind="step",
-            identity=cli.identity(arguments),
-            recipe=arguments.reference,
-            checkpoint=info,
-            measurements=[
-                {"task": "fetch", "metric": "parameters", "value": info["parameters"], "unit": "parameters"},
-                {"task": "fetch", "metric": "seconds", "value": round(time.time() - started, 3), "unit": "s"},
-            ],
-            samples=report,
-            provenance={**provenance(started, "cpu"), "code": code_version(script)},
-        ),
-    )
+    _write_step(arguments, "fetch", arguments.reference, info, report, _provenance(started, "cpu", script, []))
 
 
 def measure(kind: str, arguments: argparse.Namespace, script: Path) -> None:
@@ -79,6 +51,26 @@ def measure(kind: str, arguments: argparse.Namespace, script: Path) -> None:
             measurements=measured.measurements,
             samples=measured.samples,
             provenance=_provenance(started, checkpoint.device, script, plugins.modules(module, recipe)),
+        ),
+    )
+
+
+def _write_step(arguments: argparse.Namespace, task: str, recipe: dict, info: dict, report: dict, origin: dict) -> None:
+    """Write the step.json of a checkpoint that was made; `report` holds whatever the method has to say."""
+    measurements = [
+        {"task": task, "metric": "parameters", "value": info["parameters"], "unit": "parameters"},
+        {"task": task, "metric": "seconds", "value": origin["seconds"], "unit": "s"},
+    ]
+    write_json(
+        arguments.step,
+        envelope(
+            kind="step",
+            identity=cli.identity(arguments),
+            recipe=recipe,
+            checkpoint=info,
+            measurements=measurements,
+            samples=report,
+            provenance=origin,
         ),
     )
 

@@ -129,10 +129,9 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
     chains = _chains(recipe)
     points = []
     for name, (estimates, rows) in _estimates(recipe, metrics).items():
-        told = any(row.get("simulated") in (True, "True", "true", 1) for row in rows)
         bits = {row["bits"] for row in rows if row.get("bits") is not None}
         about = {
-            "simulated": told or name in recipe.simulated,
+            "simulated": name in recipe.simulated,
             "chain": chains[name],
             "bits": bits.pop() if len(bits) == 1 else None,
         } | origin(rows)

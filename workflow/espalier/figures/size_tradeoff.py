@@ -85,7 +85,7 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
             scored = select(metrics, kind="evaluate", suite=recipe.suite, **about)
             profiled = select(metrics, kind="profile", suite=recipe.workload, metric="peak_allocated", **about)
             condition = vars(recipe.memory).items()
-            at = [row for row in profiled if all(row[key] in (value, None) for key, value in condition)]
+            at = [row for row in profiled if all(row[key] == value for key, value in condition)]
             if profiled and not at:
                 asked = ", ".join(f"{key} {value}" for key, value in condition)
                 raise UserError(f"{where}: workload '{recipe.workload}' has no row with {asked}.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from espalier import checkpoints, memory, plugins
 from espalier.measured import Measured
 from espalier.progress import progress
-from espalier.prompts import prompt
+from espalier.prompts import check_shapes, prompt
 
 if TYPE_CHECKING:
     from espalier.checkpoints import Checkpoint
@@ -49,10 +49,7 @@ class Recipe:
     repeats: int = 5  # timed runs of each shape
 
     def check(self) -> None:
-        for key in ("input_tokens", "output_tokens", "batch_sizes"):
-            values = getattr(self, key)
-            if not values or min(values) < 1 or len(set(values)) != len(values):
-                raise ValueError(f"'{key}' must be a list of whole numbers from 1 up, none twice.")
+        check_shapes(self.input_tokens, self.output_tokens, self.batch_sizes)
         if self.warmup < 1 or self.repeats < 1:
             raise ValueError("'warmup' and 'repeats' must be at least 1.")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from espalier import checkpoints, memory, plugins
 from espalier.measured import Measured
 from espalier.progress import progress
-from espalier.prompts import prompt
+from espalier.prompts import check_shapes, prompt
 
 if TYPE_CHECKING:
     from espalier.checkpoints import Checkpoint
@@ -32,10 +32,7 @@ class Recipe:
     engine: str = "hf"  # a file of espalier/engines
 
     def check(self) -> None:
-        for key in ("input_tokens", "output_tokens", "batch_sizes"):
-            values = getattr(self, key)
-            if not values or min(values) < 1 or len(set(values)) != len(values):
-                raise ValueError(f"'{key}' must be a list of whole numbers from 1 up, none twice.")
+        check_shapes(self.input_tokens, self.output_tokens, self.batch_sizes)
 
 
 def uses(recipe: Recipe) -> list[str]:
