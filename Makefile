@@ -1,6 +1,7 @@
 # make demo    install, run the demo study, draw its charts       make test    install, run the tests
 # make lint    ruff, snakefmt, snakemake --lint                   make docs    write the reference of the config
 # make format  put the code into its format                       make clean   remove what the demo made
+# make bench-prune   time and memory of every pruning method, as ratios to one forward pass of the calibration set
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check-demo lint format docs clean install
+.PHONY: demo test check-demo bench-prune lint format docs clean install
 
 demo: $(INSTALLED)
 	snakemake --cores all
@@ -28,6 +29,9 @@ test: $(INSTALLED)
 # Do the numbers of a finished demo show what its charts are there to show?
 check-demo: $(INSTALLED)
 	pytest -m demo
+
+bench-prune: $(INSTALLED)
+	python tests/benchmarks/prune.py
 
 lint: $(INSTALLED)
 	ruff check .

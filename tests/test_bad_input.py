@@ -57,29 +57,29 @@ AT_PARSE_TIME = {
         "recipes.lora: unknown key 'stepz'. Did you mean 'steps'?",
     ),
     "a missing recipe key": (
-        lambda config: config["recipes"]["depth-2"].pop("blocks"),
-        "recipes.depth-2: the key 'blocks' is",
+        lambda config: config["recipes"]["gptq-w4"].pop("bits"),
+        "recipes.gptq-w4: the key 'bits' is",
     ),
     "a number as text": (
         put("recipes", "lora", "learning_rate", "5e-3"),
         "recipes.lora.learning_rate: expected a number",
     ),
     "text for a number": (
-        put("recipes", "depth-2", "blocks", "one"),
-        "recipes.depth-2.blocks: expected a whole number",
+        put("recipes", "taylor-3", "blocks", "one"),
+        "recipes.taylor-3.blocks: expected a whole number",
     ),
     "a value out of range": (
-        put("recipes", "depth-2", "blocks", 0),
-        "recipes.depth-2: 'blocks' and 'batch_size' must be",
+        put("recipes", "taylor-3", "blocks", 0),
+        "recipes.taylor-3: 'blocks' must be at least 1.",
     ),
-    "a choice that is none": (put("recipes", "depth-2", "schedule", "gredy"), "Did you mean 'greedy'?"),
+    "a choice that is none": (put("recipes", "taylor-3", "schedule", "gredy"), "Did you mean 'greedy'?"),
     "bits that a method lacks": (put("recipes", "gptq-w4", "bits", 5), "recipes.gptq-w4.bits: 5 (int) is not a choice"),
     "a misspelt method": (
         put("recipes", "lora", "tune", "lroa"),
         "recipes.lora.tune: there is no tune method 'lroa'. Did you",
     ),
     "a misspelt stage": (
-        rename("recipes", "depth-2", "prune", "prun"),
+        rename("recipes", "taylor-3", "prune", "prun"),
         "exactly one of the keys prune, tune, quantize",
     ),
     "two stages in a recipe": (put("recipes", "lora", "prune", "depth"), "recipes.lora: exactly one of the keys"),
@@ -127,6 +127,22 @@ AT_PARSE_TIME = {
     "a misspelt series": (
         put("figures", "size_tradeoff", "series", {"Our": ["dense"]}),
         "there is no 'Our' in this chart. Did you mean 'Ours'?",
+    ),
+    "a chart of scores of a step that has none": (
+        put("figures", "block_importance", "panels", {"LoRA": "dense+depth-2+lora"}),
+        "figures.block_importance: this chart shows steps of 'depth', and 'dense+depth-2+lora' ends in 'lora'",
+    ),
+    "a chart of scores of the dense model": (
+        put("figures", "block_importance", "panels", {"None": "dense"}),
+        "figures.block_importance: this chart shows steps of 'depth', and 'dense' ends in 'dense'",
+    ),
+    "two targets": (
+        put("recipes", "flap", "ratio", 0.2),
+        "recipes.flap: exactly one of 'ratio' and 'parameters' must be given.",
+    ),
+    "no target": (
+        lambda config: config["recipes"]["llm-pruner"].pop("parameters"),
+        "recipes.llm-pruner: exactly one of 'ratio' and 'parameters' must be given.",
     ),
     "a misspelt row": (
         rename("figures", "quantization_tradeoff", "rows", "SFT Model", "SFT-Model"),

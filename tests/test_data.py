@@ -37,6 +37,29 @@ def test_calibration_sets_are_nested_seeded_and_exact(dataset):
     assert ids(4, seed=2) != ids(4)
 
 
+def test_crops_are_pieces_of_single_documents(tmp_path):
+    """The document n is the number n again and again, then its place: a crop shows where it was cut."""
+    lines = [json.dumps({"text": " ".join(f"{n}.{place}" for place in range(3 * n))}) + "\n" for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+
+    class Places:
+        eos_token_id = None
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": text.split()}
+
+    text = Text(Dataset("places", "local", path=str(tmp_path)), "train")
+    crops = Calibration(text, 6, 6, windows="crops").token_ids(Places())
+    assert sorted(crop[0].split(".")[0] for crop in crops) == list("234567"), "only documents with 6 tokens, once each"
+    for crop in crops:
+        start = int(crop[0].split(".")[1])
+        assert crop == [f"{crop[0].split('.')[0]}.{place}" for place in range(start, start + 6)]
+    assert any(not crop[0].endswith(".0") for crop in crops)
+    assert crops[:3] == Calibration(text, 3, 6, windows="crops").token_ids(Places())
+    with pytest.raises(UserError, match="holds only 6 windows of 6 tokens"):
+        Calibration(text, 7, 6, windows="crops").token_ids(Places())
+
+
 def test_too_small_a_dataset_is_named(dataset):
     with pytest.raises(UserError, match=r"'letters', split 'train', holds only \d+ windows of 6 tokens.*asks for 100"):
         Calibration(Text(dataset, "train"), 100, 6).token_ids(Letters())

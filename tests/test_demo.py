@@ -18,7 +18,7 @@ CHANCE = {
     "openbookqa": 1 / 4,
 }  # fmt: skip
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")  # scored by acc_norm, the others by acc
-BLOCKS = ("dense", "dense+depth-2", "dense+depth-4", "dense+depth-5")
+BLOCKS = ("dense", *(f"dense+depth-{removed}" for removed in (2, 3, 4, 5)))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,41 @@ def test_lora_recovers_a_part(metrics, blocks):
     (before, first), (after, second) = (mean_accuracy(metrics, f"dense+depth-{blocks}{lora}") for lora in ("", "+lora"))
     assert after > before + math.hypot(first, second)
     assert after < mean_accuracy(metrics, "dense+sft")[0], "the original with the same extra steps is the control"
+
+
+def test_continued_pretraining_recovers_a_part_of_a_model_that_lost_most_of_its_blocks(metrics):
+    (before, first), (after, second) = (mean_accuracy(metrics, f"dense+depth-5{cpt}") for cpt in ("", "+cpt"))
+    assert after > before + 3 * math.hypot(first, second)
+    assert perplexity(metrics, "dense+depth-5+cpt") < perplexity(metrics, "dense+depth-5")
+
+
+def test_widths_are_pruned_to_the_size_of_three_blocks(metrics):
+    size = {row["chain"]: float(row["value"]) for row in metrics if row["metric"] == "parameters"}
+    for chain in ("dense+llm-pruner+lora", "dense+flap"):
+        assert size[chain] == pytest.approx(size["dense+depth-3+lora"], rel=0.01)
+        assert size[chain] < size["dense"]
+
+
+@pytest.mark.parametrize("chain", ["dense+llm-pruner+lora", "dense+flap"])
+def test_width_pruning_costs_something_and_leaves_something(metrics, chain):
+    (whole, error), (pruned, other) = mean_accuracy(metrics, "dense+sft"), mean_accuracy(metrics, chain)
+    assert pruned < whole + math.hypot(error, other)
+    assert pruned > sum(CHANCE.values()) / 7 + 5 * other
+
+
+def test_blocks_are_removed_in_the_order_of_their_scores():
+    with (ROOT / "figures/demo/block_importance.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    panels = {row["panel"] for row in rows}
+    assert len(panels) == 4
+    for panel in panels - {"Perplexity, greedy"}:
+        found = [row for row in rows if row["panel"] == panel]
+        scores = {int(row["block"]): float(row["score"]) for row in found}
+        removed = {float(row["removal"]): int(row["block"]) for row in found if row["removal"]}
+        assert [removed[place] for place in sorted(removed)] == sorted(scores, key=scores.get)[:3]
+    greedy = [row for row in rows if row["panel"] == "Perplexity, greedy" and row["removal"]]
+    at_removal = [float(row["score_at_removal"]) for row in sorted(greedy, key=lambda row: float(row["removal"]))]
+    assert at_removal == sorted(at_removal), "each removal costs more than the one before"
 
 
 def test_accuracy_falls_with_bits(metrics):

@@ -33,7 +33,7 @@ def project(tmp_path_factory) -> Path:
     """A copy of the project with the page's file in it, and a config of no charts and little to measure."""
     project = copy_project(tmp_path_factory.mktemp("extended"))
     (source,) = blocks("python")
-    (project / "workflow" / "espalier" / "prune" / "random.py").write_text(source)
+    (project / "workflow" / "espalier" / "prune" / "deepest.py").write_text(source)
     config = yaml.safe_load((project / "config.yaml").read_text())
     config |= {"figures": {}, "measure": [{"model": "tiny-llama", "chains": ["dense"], "suites": ["heldout"]}]}
     (project / "config.yaml").write_text(yaml.safe_dump(config))
@@ -43,7 +43,7 @@ def project(tmp_path_factory) -> Path:
 def method():
     """Return the page's file as a module of this process."""
     (source,) = blocks("python")
-    module = types.ModuleType("espalier.prune.random")
+    module = types.ModuleType("espalier.prune.deepest")
     sys.modules[module.__name__] = module  # where dataclasses look for the types of fields
     try:
         exec(compile(source, "docs/extending.md", "exec"), module.__dict__)
@@ -62,9 +62,9 @@ def pointer(folder: Path, source: Path) -> Path:
 
 def prune(project: Path, parent: Path, output: Path, **recipe) -> subprocess.CompletedProcess:
     """Run the copy's prune_model.py with the copy's espalier."""
-    command = [sys.executable, SCRIPT, "--parent", parent, "--recipe", json.dumps({"prune": "random", **recipe})]
+    command = [sys.executable, SCRIPT, "--parent", parent, "--recipe", json.dumps({"prune": "deepest", **recipe})]
     command += ["--device", "cpu", "--output", output / "model", "--step", output / "step.json", "--study", "demo"]
-    command += ["--model-name", "tiny-llama", "--seed", "0", "--chain", "dense+random-2", "--name", "random-2"]
+    command += ["--model-name", "tiny-llama", "--seed", "0", "--chain", "dense+deepest-2", "--name", "deepest-2"]
     environment = {**os.environ, "PYTHONPATH": str(project / "workflow"), "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(part) for part in command], cwd=project, env=environment, capture_output=True, text=True)
 
@@ -96,10 +96,10 @@ def test_the_method_prunes(project, tmp_path):
     run = prune(project, pointer(tmp_path / "pointer", parent), tmp_path / "pruned", blocks=2)
     assert run.returncode == 0, run.stderr
     step = json.loads((tmp_path / "pruned" / "step.json").read_text())
-    assert step["recipe"] == {"prune": "random", "blocks": 2}
+    assert step["recipe"] == {"prune": "deepest", "blocks": 2}
     assert step["samples"]["blocks"] == 4
     kept = [block for block in range(4) if block not in step["samples"]["removed"]]
-    assert len(kept) == 2
+    assert kept == [0, 3]
 
     dense, pruned = (load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "pruned" / "model"))
     expected = {}
@@ -114,17 +114,15 @@ def test_the_method_prunes(project, tmp_path):
     assert len(checkpoints.load(tmp_path / "pruned" / "model", device="cpu").model.model.layers) == 2
 
 
-def test_the_method_follows_the_seed_and_leaves_a_block(tmp_path):
-    parent, random = llama(tmp_path / "parent", layers=4), method()
-
-    def removed(seed: int, count: int = 2) -> list[int]:
-        (output := tmp_path / f"pruned-{seed}-{count}").mkdir(exist_ok=True)
-        return random.apply(parent, output, random.Recipe(blocks=count), seed=seed, device="cpu")["removed"]
-
-    assert removed(0) == removed(0)
-    assert len({tuple(removed(seed)) for seed in range(6)}) > 1
+def test_the_plan_is_what_is_made_and_leaves_a_block(tmp_path):
+    parent, deepest = llama(tmp_path / "parent", layers=4), method()
+    shapes = checkpoints.skeleton(parent)
+    assert deepest.plan(shapes, deepest.Recipe(blocks=3)) is True
+    (tmp_path / "pruned").mkdir()
+    deepest.apply(parent, tmp_path / "pruned", deepest.Recipe(blocks=3), seed=0, device="cpu")
+    assert checkpoints.describe(tmp_path / "pruned")["parameters"] == checkpoints.logical_parameters(shapes)
     with pytest.raises(UserError, match="has 4 blocks; the recipe removes 4"):
-        removed(0, count=4)
+        deepest.plan(checkpoints.skeleton(parent), deepest.Recipe(blocks=4))
 
 
 def test_a_misspelt_key_of_the_method_is_an_error(project, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from espalier.errors import UserError
 from espalier.figures import (
     Need,
+    block_importance,
     engine_speedup,
     glue_bits,
     latency_throughput,
@@ -26,7 +27,7 @@ from espalier.recipes import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ROOT / "reference" / "papers"
-CHARTS = (size_tradeoff, latency_throughput, quantization_tradeoff, engine_speedup, glue_bits)
+CHARTS = (size_tradeoff, latency_throughput, quantization_tradeoff, engine_speedup, glue_bits, block_importance)
 COLUMNS = ["study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"]
 COLUMNS += ["engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "device"]
 
@@ -89,6 +90,16 @@ def test_size_points_are_the_mean_of_tasks_and_seeds():
     assert set(memory["unit"]) == {"MB"}
 
 
+def test_sizes_that_nearly_agree_stand_side_by_side():
+    sizes = {"dense+cut": 471_000, "dense+width": 473_000, "dense+flap": 520_000}
+    rows = [one for chain, size in sizes.items() for one in variant(chain, size, {1: (0.4, 0.5)}, 2 * 2**20)]
+    series = {"Ours": ["dense+cut"], "LLM-Pruner": ["dense+width"], "FLAP": ["dense+flap"]}
+    points = size_tradeoff.measured(size_recipe(series), frame(rows))
+    assert set(points["parameters"]) == set(sizes.values()), "the CSV keeps the exact sizes"
+    labels = [label.get_text() for label in size_tradeoff.draw(points, "Title").axes[1].get_xticklabels()]
+    assert labels == ["≈ 472K", "520K"]
+
+
 def test_size_chart_keeps_an_oom_as_an_empty_value_and_names_absent_series():
     rows = variant("dense", 652_000, {1: (0.5, 0.7)}, None, outcome="oom")
     rows += variant("dense+cut", 471_000, {1: (0.4, 0.5)}, 2 * 2**20)
@@ -97,7 +108,8 @@ def test_size_chart_keeps_an_oom_as_an_empty_value_and_names_absent_series():
     assert gap["outcome"] == "oom"
     assert math.isnan(gap["value"])
     text = text_of(size_tradeoff.draw(points, "Title"))
-    assert "No results in this study: Ours + GPTQ, Original + GPTQ." in text
+    absent = "LLM-Pruner, FLAP, Ours without retraining, Ours + GPTQ, Original + GPTQ"
+    assert f"No results in this study: {absent}." in text
     assert "OOM" in text
     assert "Peak memory (MB)" in text
 
@@ -161,6 +173,68 @@ def test_latency_refuses_two_results_for_one_point_and_unknown_series():
         latency_throughput.measured(latency_recipe({"Ours": "ours"}), frame(rows))
     with pytest.raises(UserError, match="Did you mean 'LLM-Pruner'"):
         latency_throughput.needs(latency_recipe({"LLMPruner": "x"}))
+
+
+def test_latency_lines_of_several_sizes():
+    rows = timing("small", 1, 1.0) + timing("large", 1, 2.0)
+    for one in rows:
+        one["parameters"] = {"small": 2.0e9, "large": 5.0e9}[one["chain"]]
+    points = latency_throughput.measured(latency_recipe({"Ours": ["small", "large"]}), frame(rows))
+    assert dict(zip(points["chain"], points["latency"], strict=True)) == {"small": 1.0, "large": 2.0}
+    drawn = latency_throughput.draw(points, "Title")
+    lines = {
+        line.get_xdata()[0]: line.get_alpha() for line in drawn.subfigs[0].axes[0].get_lines() if len(line.get_xdata())
+    }
+    assert lines[2.0] == 1.0, "the largest is the darkest"
+    assert lines[1.0] < 0.8
+    text = text_of(drawn)
+    assert "Ours 5.0B" in text
+    assert "Ours 2.0B" in text
+    assert {need.chain for need in latency_throughput.needs(latency_recipe({"Ours": ["a", "b"], "FLAP": "c"}))} == set(
+        "abc"
+    )
+
+
+# --- block_importance
+
+
+def depth_step(chain, scans, removed, criterion="perplexity"):
+    """A raw result of a step of depth pruning on four blocks; JSON has made text of the blocks' numbers."""
+    scores = [{str(block): score for block, score in scan.items()} for scan in scans]
+    return {
+        "identity": {"study": "s", "model": "m", "seed": 0, "chain": chain, "name": "cut"},
+        "samples": {"criterion": criterion, "blocks": 4, "scores": scores, "removed": removed},
+        "provenance": {"device": {"name": "cpu"}},
+    }
+
+
+def test_block_scores_and_order_of_removal():
+    greedy = depth_step("dense+cut", [{1: 5.0, 2: 4.0, 3: 9.0}, {1: 6.0, 3: 8.0}], [2, 1])
+    recipe = build(
+        block_importance.Recipe, {"title": "B", "model": "m", "panels": {"Greedy": "dense+cut"}}, "figures.b"
+    )
+    points = block_importance.measured(recipe, [greedy, depth_step("dense+other", [{0: 1.0}], [0])])
+    rows = points.astype(object).where(points.notna(), None)
+    assert rows[["block", "score", "removal", "score_at_removal"]].values.tolist() == [
+        [0, None, None, None],  # a block that must stay has no score
+        [1, 5.0, 2, 6.0],
+        [2, 4.0, 1, 4.0],
+        [3, 9.0, None, None],
+    ]
+    drawn = block_importance.draw(points, "Title")
+    bars = drawn.axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0, 5, 4, 9]
+    assert len({bar.get_facecolor() for bar in bars[1:3]}) == 1
+    assert bars[1].get_facecolor() != bars[3].get_facecolor()
+    assert "Perplexity without the block" in text_of(drawn)
+    assert block_importance.needs(recipe) == [Need("m", "dense+cut", "step", "cut")]
+
+
+def test_published_orders_are_those_of_the_paper():
+    points = block_importance.published(PAPERS)
+    first = points[points["panel"] == "LLaMA-7B, PPL"].sort_values("removal")["block"].tolist()
+    assert first[:5] == [24, 26, 25, 10, 27]
+    assert "The scores were not published." in text_of(block_importance.draw(points, "Title"))
 
 
 # --- quantization_tradeoff

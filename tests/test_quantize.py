@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from espalier import checkpoints, gptq_loading, plugins, recipes
 from espalier.errors import UserError
+from espalier.models.anatomy import adopt, keep, parts_of
 from tiny import calibration, llama
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -165,9 +166,49 @@ def test_gptq_reads_a_reference_like_the_model_it_points_to(dense, made, samples
     assert capfd.readouterr().out == ""
 
 
+WIDTH_PRUNED = """
+import json, sys, torch
+from pathlib import Path
+from espalier import checkpoints, plugins, recipes
+parent, root, method, recipe = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+module = plugins.load("quantize", method)
+module.apply(parent, root, recipes.build(module.Recipe, recipe, "recipe"), seed=0, device="cpu")
+model = checkpoints.load(root, device="cpu").model
+with torch.no_grad():
+    torch.save((model.config.architectures, model(torch.arange(40)[None]).logits), root / "logits")
+"""
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+def test_width_pruned_models_are_quantized(dense, samples, tmp_path, method):
+    """Blocks of different widths, in a process that meets them for the first time; at 8 bits little is lost."""
+    checkpoint = checkpoints.load(dense, device="cpu")
+    for parts, groups, neurons in zip(parts_of(checkpoint.model), ([0, 2], [3]), (32, 64), strict=True):
+        keep(parts, groups, range(neurons))
+    adopt(checkpoint.model)
+    parent, output = tmp_path / "parent", tmp_path / "output"
+    parent.mkdir()
+    output.mkdir()
+    checkpoints.save(checkpoint.model, checkpoint.tokenizer, parent, checkpoint.info)
+    recipe = {"bits": 8} | ({"group_size": 32, "calibration": samples} if method == "gptq" else {})
+    command = [sys.executable, "-c", WIDTH_PRUNED, str(parent), str(output), method, json.dumps(recipe)]
+    subprocess.run(command, check=True, capture_output=True)
+    architectures, logits = torch.load(output / "logits")
+    assert architectures == ["PrunedLlamaForCausalLM"]
+    with torch.no_grad():
+        before = checkpoint.model(torch.arange(40)[None]).logits
+    assert 1e-4 < (logits - before).norm() / before.norm() < 0.05
+
+
 def test_gptq_refuses_groups_that_do_not_divide_a_layer(dense, samples, tmp_path):
     with pytest.raises(UserError, match=r"down_proj .* maps 64 to 128 .* multiples of 128 .*group_size"):
         quantize(dense, tmp_path, "gptq", samples, bits=4, group_size=128)
+
+
+def test_rows_that_blocks_of_four_bits_do_not_fill_are_refused_on_a_cpu(tmp_path):
+    parent = llama(tmp_path / "parent", mlp=96)
+    with pytest.raises(UserError, match=r"down_proj .* has 96 input features; 4 bits need a multiple of 64 .*round_to"):
+        quantize(parent, tmp_path, "bitsandbytes", None, bits=4)
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])

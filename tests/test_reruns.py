@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from conftest import copy_project, snakemake
+from espalier import plugins
 
 RUNS = "results/demo/runs"
 LLAMA = f"{RUNS}/tiny-llama/s0"
@@ -165,9 +166,26 @@ def test_comment_in_a_method(finished, edit):
 
 
 def test_mathematics_of_a_method(finished, edit):
-    edit.text("workflow/espalier/prune/depth.py", "total / (", "2 * total / (")
-    expected = everything(finished, "+depth-")
+    edit.text("workflow/espalier/prune/depth.py", "number - Fraction(1, 2)", "number - Fraction(1, 3)")
+    expected = everything(finished, "+depth-", "+taylor-", "+influence-", "+magnitude-")
     assert not [path for path in expected if path.startswith(BERT)]
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart(
+        "size_tradeoff", "latency_throughput", "block_importance"
+    )
+
+
+def test_target_of_one_width_pruner(finished, edit):
+    edit.config(lambda config: config["recipes"]["flap"].update(parameters=180000))
+    expected = everything(finished, "+flap/")
+    assert len(expected) == 5  # the model, two evaluations, two profiles
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart(
+        "size_tradeoff", "latency_throughput"
+    )
+
+
+def test_what_width_pruners_share(finished, edit):
+    edit.text("workflow/espalier/models/widths.py", "GRID = 10**9", "GRID = 10**8")
+    expected = everything(finished, "+flap/", "+llm-pruner/", "+llm-pruner+lora/")
     assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart(
         "size_tradeoff", "latency_throughput"
     )
@@ -191,9 +209,7 @@ def test_code_of_an_engine(finished, edit):
 def test_shared_helper(finished, edit):
     edit.text("workflow/espalier/checkpoints.py", 'DESCRIPTION = "espalier.json"', 'DESCRIPTION = "describe.json"')
     everything_that_loads = everything(finished, "/runs/")
-    assert jobs(finished) == everything_that_loads | TABLES | chart(
-        "size_tradeoff", "latency_throughput", "quantization_tradeoff", "engine_speedup", "glue_bits"
-    )
+    assert jobs(finished) == everything_that_loads | TABLES | chart(*plugins.names("figures"))
 
 
 def test_drawing_code(finished, edit):
@@ -232,7 +248,7 @@ def test_one_chart_needs_only_its_own_results(finished):
 def test_deleted_charts_and_tables_are_all_that_is_made_again(finished):
     hidden = {path: path.with_name(f"hidden-{path.name}") for path in finished.glob("figures/demo/*")}
     hidden |= {path: path.with_name(f"hidden-{path.name}") for path in finished.glob("results/demo/tables/*")}
-    charts = chart("size_tradeoff", "latency_throughput", "quantization_tradeoff", "engine_speedup", "glue_bits")
+    charts = chart(*plugins.names("figures"))
     for path, aside in hidden.items():
         path.rename(aside)
     try:

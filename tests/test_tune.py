@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from espalier import checkpoints, glue_tasks, training
+from espalier import checkpoints, glue_tasks, instructions, training
 from espalier.data import Dataset
 from espalier.errors import UserError
 from espalier.evaluate import glue
 from espalier.recipes import build
+from espalier.token_loss import TokenLoss
 from espalier.tune import classify, lora
 
 WORDS = "red green blue robin tulip the is a has wing leaf which color what not good bad yes no ?".split()  # noqa: SIM905
@@ -163,7 +164,9 @@ def test_classifier_follows_from_the_seed(encoder, benchmark, tmp_path):
 
 def test_only_matrices_decay(encoder, benchmark):
     model = checkpoints.load(encoder, "cpu", classify.GIVES, num_labels=2).model
-    decayed, free = classify.optimizer_of(model, classify_recipe(benchmark, "sst2", steps=1)).param_groups
+    plan = classify.plan_of(classify_recipe(benchmark, "sst2", steps=1), 1)
+    decayed, free = training.adamw(model.parameters(), 1.0, plan.weight_decay, plan.adam_beta2).param_groups
+    assert decayed["betas"] == (0.9, 0.999)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
     assert {one.ndim for one in decayed["params"]} == {2}
     assert {one.ndim for one in free["params"]} == {1}
@@ -192,7 +195,7 @@ def lora_recipe(questions: dict, **options) -> lora.Recipe:
 
 
 def words_of(tokenizer: Fast, item: dict) -> tuple[list[str], list[str]]:
-    learned = [label for label in item["labels"] if label != lora.UNSEEN]
+    learned = [label for label in item["labels"] if label != training.UNSEEN]
     return tokenizer.convert_ids_to_tokens(item["input_ids"]), tokenizer.convert_ids_to_tokens(learned)
 
 
@@ -201,13 +204,13 @@ def test_only_the_response_and_the_end_are_learned(tmp_path, template):
     write(tmp_path / "train.jsonl", [{"prompt": "robin color ?", "response": "red"}, {"prompt": "", "response": "no"}])
     tokenizer = word_tokenizer(template)
     dataset = {"name": "q", "source": "local", "path": str(tmp_path)}
-    items, dropped = lora.examples(tokenizer, lora_recipe(dataset, separator=" "))
+    items, dropped = instructions.examples(tokenizer, lora_recipe(dataset, separator=" "))
     begin = ["<s>"] if template else []
     assert words_of(tokenizer, items[0]) == ([*begin, "robin", "color", "?", "red", "</s>"], ["red", "</s>"])
     # Without a prompt and a beginning token, the response's first token has nothing to be predicted from.
     assert words_of(tokenizer, items[1]) == ([*begin, "no", "</s>"], ["no", "</s>"] if begin else ["</s>"])
     assert dropped == 0
-    items, dropped = lora.examples(tokenizer, lora_recipe(dataset, separator=" ", cutoff=3 + len(begin)))
+    items, dropped = instructions.examples(tokenizer, lora_recipe(dataset, separator=" ", cutoff=3 + len(begin)))
     assert dropped == 1, "a response that is cut away entirely must be dropped"
     assert [len(item["input_ids"]) for item in items] == [2 + len(begin)]
 
@@ -215,31 +218,44 @@ def test_only_the_response_and_the_end_are_learned(tmp_path, template):
 def test_alpaca_prompts(tmp_path):
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi.", "input": "", "output": "Ho"}]
     recipe = lora_recipe({"name": "q", "source": "local", "path": str(tmp_path)}, template="alpaca")
-    prompt, response = lora._pair(rows[0], recipe)
+    prompt, response = instructions._pair(rows[0], recipe)
     assert prompt.startswith("Below is an instruction that describes a task, paired with an input that provides")
     assert prompt.endswith("request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     assert response == "3"
-    prompt, _ = lora._pair(rows[1], recipe)
+    prompt, _ = instructions._pair(rows[1], recipe)
     assert prompt.startswith("Below is an instruction that describes a task. Write a response")
     assert prompt.endswith("request.\n\n### Instruction:\nHi.\n\n### Response:\n")
     write(tmp_path / "train.jsonl", [{"prompt": "a", "response": "b"}])
     with pytest.raises(UserError, match="no column 'instruction'"):
-        lora.examples(word_tokenizer(), recipe)
+        instructions.examples(word_tokenizer(), recipe)
+
+
+def token_loss(tokenizer: Fast) -> TokenLoss:
+    return TokenLoss(tokenizer.pad_token_id, "cpu", autocast=False)
+
+
+def fit(model, tokenizer: Fast, train: list[dict], validation: list[dict], recipe: lora.Recipe) -> dict:
+    plan = lora.plan_of(recipe, len(train))
+    rows = training.Rows(train, recipe.batch_size, plan.steps, seed=0)
+    options = {"device": "cpu", "label": "steps", "validation": validation}
+    return training.fit(model, rows, token_loss(tokenizer), plan, **options)
 
 
 def test_loss_is_the_mean_over_learned_tokens(questions):
     tokenizer, recipe = word_tokenizer(), lora_recipe(questions)
     model = llama(tokenizer).eval()
-    items, _ = lora.examples(tokenizer, recipe)
+    items, _ = instructions.examples(tokenizer, recipe)
     losses = []
     for item in items:
         for position in range(1, len(item["input_ids"])):
-            if item["labels"][position] != lora.UNSEEN:
+            if item["labels"][position] != training.UNSEEN:
                 with torch.no_grad():
                     logits = model(input_ids=torch.tensor([item["input_ids"][:position]])).logits[0, -1].double()
                 losses.append(-logits.log_softmax(0)[item["input_ids"][position]].item())
     assert len(losses) == 3 * (4 * 2 + 4 * 3)
-    assert lora.mean_loss(model, tokenizer, items, recipe, "cpu") == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert training.mean_loss(model, items, token_loss(tokenizer), recipe.micro_batch) == pytest.approx(
+        sum(losses) / len(losses), rel=1e-5
+    )
 
 
 def test_validation_is_without_dropout_and_leaves_training_on(questions):
@@ -248,11 +264,11 @@ def test_validation_is_without_dropout_and_leaves_training_on(questions):
     for name, one in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(one, std=0.5)
-    items, _ = lora.examples(tokenizer, recipe)
-    expected = lora.mean_loss(adapted.eval(), tokenizer, items, recipe, "cpu")
-    assert lora.mean_loss(adapted.train(), tokenizer, items, recipe, "cpu") == expected
+    items, _ = instructions.examples(tokenizer, recipe)
+    expected = training.mean_loss(adapted.eval(), items, token_loss(tokenizer), recipe.micro_batch)
+    assert training.mean_loss(adapted.train(), items, token_loss(tokenizer), recipe.micro_batch) == expected
     assert adapted.training
-    assert lora._backward(adapted, tokenizer, items, recipe, "cpu") != expected
+    assert training.backward(adapted, items, token_loss(tokenizer), recipe.micro_batch) != expected
 
 
 def test_micro_batches_do_not_change_the_gradient(questions):
@@ -260,10 +276,10 @@ def test_micro_batches_do_not_change_the_gradient(questions):
     gradients, losses = [], []
     for size in (1, 4, 24):
         recipe, model = lora_recipe(questions, micro_batch=size), llama(tokenizer)
-        items, _ = lora.examples(tokenizer, recipe)
-        losses.append(lora._backward(model, tokenizer, items, recipe, "cpu"))
+        items, _ = instructions.examples(tokenizer, recipe)
+        losses.append(training.backward(model, items, token_loss(tokenizer), size))
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad)
-    mean = lora.mean_loss(llama(tokenizer), tokenizer, items, recipe, "cpu")
+    mean = training.mean_loss(llama(tokenizer), items, token_loss(tokenizer), recipe.micro_batch)
     assert losses == [pytest.approx(mean, rel=1e-5)] * 3
     assert gradients[0].abs().max() > 1e-3
     for gradient in gradients[1:]:
@@ -283,8 +299,8 @@ def test_trained_parameters_are_exactly_the_adapters(questions, targets):
     trained = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
     assert sum(one.numel() for one in trained.values()) == expected
     start = {name: one.detach().clone() for name, one in trained.items()}
-    items, _ = lora.examples(tokenizer, recipe)
-    lora.fit(adapted, tokenizer, items, [], recipe, seed=0, device="cpu")
+    items, _ = instructions.examples(tokenizer, recipe)
+    fit(adapted, tokenizer, items, [], recipe)
     assert all(not torch.equal(one, start[name]) for name, one in trained.items())
     frozen = {
         name.replace(".base_layer", "").removeprefix("base_model.model."): value
@@ -328,15 +344,15 @@ def test_merging_gives_the_adapted_model(questions, dtype):
 def test_the_adapter_with_the_lowest_validation_loss_is_kept(questions, monkeypatch):
     tokenizer, recipe = word_tokenizer(), lora_recipe(questions, steps=5, validate_every=1)
     adapted = lora.adapted(llama(tokenizer), recipe, seed=0)
-    items, _ = lora.examples(tokenizer, recipe)
+    items, _ = instructions.examples(tokenizer, recipe)
     seen, fake = [], iter([3.0, 2.0, 1.0, 1.5, 1.0])
 
     def loss(model, *_):
         seen.append([one.detach().clone() for one in model.parameters() if one.requires_grad])
         return next(fake)
 
-    monkeypatch.setattr(lora, "mean_loss", loss)
-    report = lora.fit(adapted, tokenizer, items[:18], items[18:], recipe, seed=0, device="cpu")
+    monkeypatch.setattr(training, "mean_loss", loss)
+    report = fit(adapted, tokenizer, items[:18], items[18:], recipe)
     assert report["kept_step"] == 3
     assert [one["step"] for one in report["validation"]] == [1, 2, 3, 4, 5]
     kept = [one for one in adapted.parameters() if one.requires_grad]
@@ -345,13 +361,13 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(questions, monkeypa
 
 
 def test_the_last_step_is_validated_and_rows_are_set_apart(questions):
-    items, _ = lora.examples(word_tokenizer(), lora_recipe(questions))
-    train, validation = lora.split_rows(items, 5, seed=0)
+    items, _ = instructions.examples(word_tokenizer(), lora_recipe(questions))
+    train, validation = instructions.split_rows(items, 5, seed=0)
     assert (len(train), len(validation)) == (19, 5)
     assert sorted(map(str, train + validation)) == sorted(map(str, items))
-    assert validation != lora.split_rows(items, 5, seed=1)[1]
+    assert validation != instructions.split_rows(items, 5, seed=1)[1]
     with pytest.raises(UserError, match="leaves none to train"):
-        lora.split_rows(items, 24, seed=0)
+        instructions.split_rows(items, 24, seed=0)
 
 
 def test_lora_from_checkpoint_to_checkpoint(decoder, questions, tmp_path):
@@ -365,10 +381,12 @@ def test_lora_from_checkpoint_to_checkpoint(decoder, questions, tmp_path):
     assert not any("lora" in name for name in model.state_dict())
     assert checkpoints.describe(tmp_path) == checkpoints.describe(decoder)
     # The saved model has what was trained: the kept adapter's validation loss, on the rows that were set apart.
-    items, _ = lora.examples(word_tokenizer(), recipe)
-    _, validation = lora.split_rows(items, 4, seed=0)
+    items, _ = instructions.examples(word_tokenizer(), recipe)
+    _, validation = instructions.split_rows(items, 4, seed=0)
     kept = min(one["loss"] for one in report["validation"])
-    assert lora.mean_loss(model, word_tokenizer(), validation, recipe, "cpu") == pytest.approx(kept, rel=1e-4)
+    assert training.mean_loss(model, validation, token_loss(word_tokenizer()), recipe.micro_batch) == pytest.approx(
+        kept, rel=1e-4
+    )
 
 
 def test_lora_in_bfloat16_with_autocast_and_alike_for_one_seed(decoder, questions, tmp_path):

@@ -10,9 +10,11 @@ A checkpoint without `espalier.json` is an ordinary transformers checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,32 +124,52 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
     """Load a checkpoint in evaluation mode.
 
     `task` overrides the task that the checkpoint names (an encoder gets a new head: pass `num_labels`). `options` go to
-    from_pretrained. Raises UserError for a missing, damaged or unsupported checkpoint.
+    from_pretrained; with a `device_map` among them the model stays where that puts it. Raises UserError for a missing,
+    damaged or unsupported checkpoint.
     """
     folder = Path(folder)
     info = describe(folder)
     device = pick_device(device)
-    source: str | Path = folder
-    revision = None
-    if info["format"] == "reference":
-        source, revision = info["path"] or info["id"], info["revision"]
+    source, revision = _source(folder, info)
     task = task or info["task"]
     if task not in TASKS:
         raise UserError(f"{folder / DESCRIPTION}: the task '{task}' is not one of {', '.join(TASKS)}.")
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    tokenizer = load_tokenizer(folder)
+    with _loading(source):
+        know_pruned(source)
         if info["format"] == "gptqmodel":
             model = gptq_loading.load(source, weights_dtype(folder), device, **options)
         else:
             model = _load_transformers(source, revision, TASKS[task], info, device, options)
-    except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_error()) as error:
-        raise UserError(f"The checkpoint {source} cannot be loaded: {_first_line(error)}") from error
     model.eval()
+    return Checkpoint(model, tokenizer, info, folder, device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return a checkpoint's tokenizer, with a padding token. Raises UserError where there is none."""
+    source, revision = _source(folder, describe(folder))
+    with _loading(source):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Checkpoint(model, tokenizer, info, folder, device)
+    return tokenizer
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """Return a checkpoint's model on the meta device: all shapes and no weights, from its config.json alone."""
+    info = describe(folder)
+    source, revision = _source(folder, info)
+    with _loading(source):
+        import torch
+        import transformers
+
+        know_pruned(source)
+        trust = info.get("trust_remote_code", False)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+        with torch.device("meta"):
+            return getattr(transformers, TASKS[info["task"]]).from_config(config, trust_remote_code=trust)
 
 
 def weights_folder(folder: Path) -> Path:
@@ -175,6 +197,31 @@ def weight_bytes(folder: Path) -> int:
 def logical_parameters(model: PreTrainedModel) -> int:
     """Return the number of parameters of a model whose weights are not packed, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _source(folder: Path, info: dict) -> tuple[str | Path, str | None]:
+    """Return what from_pretrained gets for a checkpoint: a folder, or a hub id with its revision."""
+    if info["format"] == "reference":
+        return info["path"] or info["id"], info["revision"]
+    return Path(folder), None
+
+
+@contextlib.contextmanager
+def _loading(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_error()) as error:
+        raise UserError(f"The checkpoint {source} cannot be loaded: {_first_line(error)}") from error
+
+
+def know_pruned(source: str | Path) -> None:
+    """Make the class of a width-pruned checkpoint known to transformers: Espalier's own, not the one carried there."""
+    file = Path(source) / "config.json"
+    for name in read_json(file).get("architectures") or () if file.is_file() else ():
+        if name.startswith("Pruned"):
+            from espalier.models import pruned
+
+            getattr(pruned, name)
 
 
 def _download(name: str, revision: str) -> Path:
@@ -218,7 +265,7 @@ def _load_transformers(source, revision, auto_class: str, info: dict, device: st
     model = loader.from_pretrained(
         source, revision=revision, trust_remote_code=info.get("trust_remote_code", False), **options
     )
-    return model if info["format"] == "bitsandbytes" else model.to(device)
+    return model if "device_map" in options else model.to(device)
 
 
 def _safetensors_error() -> tuple[type[Exception], ...]:

@@ -8,8 +8,10 @@ Hugging Face hub with a pinned revision.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -78,31 +80,49 @@ class Calibration:
     samples: int  # windows
     length: int  # tokens a window
     seed: int = 1234  # of the order in which documents are taken
+    windows: Literal["packed", "crops"] = "packed"  # documents joined and cut up; or a crop of each that is long enough
 
     def check(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise ValueError("'samples' must be at least 1 and 'length' at least 2.")
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Return `samples` lists of exactly `length` token ids: shuffled documents joined by the end token, cut up."""
+        """Return `samples` lists of exactly `length` token ids. Raises UserError where the text does not have as many.
+
+        packed: shuffled documents, joined by the end token, are cut up. crops: of each shuffled document with at least
+        `length` tokens, one window that begins at a random place (the calibration of Kim et al. 2024, 2402.02834).
+        """
+        draw = random.Random(f"calibration-{self.seed}")
         documents = self.text.documents()
-        random.Random(f"calibration-{self.seed}").shuffle(documents)
-        windows, pending = [], []
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for document in documents:
-            pending += tokenizer(document, add_special_tokens=False)["input_ids"] + end
-            while len(pending) >= self.length:
-                windows.append(pending[: self.length])
-                pending = pending[self.length :]
-                if len(windows) == self.samples:
-                    return windows
+        draw.shuffle(documents)
+        cut = self._packed if self.windows == "packed" else self._crops
+        windows = list(itertools.islice(cut(documents, tokenizer, draw), self.samples))
+        if len(windows) == self.samples:
+            return windows
         raise UserError(
             f"The dataset '{self.text.dataset.name}', split '{self.text.split}', holds only {len(windows)} windows of"
             f" {self.length} tokens, but the calibration asks for {self.samples} samples."
         )
 
+    def _packed(self, documents: list[str], tokenizer: PreTrainedTokenizerBase, _: random.Random) -> Iterator[list]:
+        pending: list[int] = []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for document in documents:
+            pending += tokenizer(document, add_special_tokens=False)["input_ids"] + end
+            while len(pending) >= self.length:
+                yield pending[: self.length]
+                pending = pending[self.length :]
 
-def _local_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
+    def _crops(self, documents: list[str], tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> Iterator[list]:
+        for document in documents:
+            ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+            if len(ids) >= self.length:
+                start = draw.randrange(len(ids) - self.length + 1)
+                yield ids[start : start + self.length]
+
+
+def local_file(dataset: Dataset, split: str, config: str | None) -> Path:
+    """Return the file that holds a split of a demo or local dataset; raises UserError where there is none."""
     folder = Path(dataset.path) / (config or "")
     file = folder / f"{split}.jsonl"
     if not file.is_file():
@@ -110,6 +130,11 @@ def _local_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
             f"The dataset '{dataset.name}' has no file {file}."
             + did_you_mean(split, (other.stem for other in folder.glob("*.jsonl")))
         )
+    return file
+
+
+def _local_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
+    file = local_file(dataset, split, config)
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -14,16 +14,26 @@ from espalier.recipes import as_dict, build
 from espalier.results import envelope
 
 
-def step(kind: str, arguments: argparse.Namespace, script: Path) -> None:
-    """Make a checkpoint and its step.json from `arguments.parent` (None for pretraining) with a recipe."""
+def step(kind: str, arguments: argparse.Namespace, script: Path, **more: object) -> None:
+    """Make a checkpoint and its step.json from `arguments.parent` (None for pretraining) with a recipe.
+
+    `more` goes to the method.
+    """
     started = time.time()
     module, recipe, content = _start(kind, arguments)
     device = checkpoints.pick_device(arguments.device)
     with whole_folder(arguments.output) as folder:
-        report = module.apply(arguments.parent, folder, recipe, seed=arguments.seed, device=device)
+        report = module.apply(arguments.parent, folder, recipe, seed=arguments.seed, device=device, **more)
         info = checkpoints.describe(folder)
     origin = _provenance(started, device, script, plugins.modules(module, recipe))
     _write_step(arguments, kind, content, info, report, origin)
+
+
+def assist(kind: str, arguments: argparse.Namespace, **more: object) -> None:
+    """Take part in what the `step` of another process makes, and write nothing."""
+    module, recipe, _ = _start(kind, arguments)
+    device = checkpoints.pick_device(arguments.device)
+    module.apply(arguments.parent, None, recipe, seed=arguments.seed, device=device, **more)
 
 
 def fetch(arguments: argparse.Namespace, script: Path) -> None:
@@ -76,11 +86,19 @@ def _write_step(arguments: argparse.Namespace, task: str, recipe: dict, info: di
 
 
 def _start(kind: str, arguments: argparse.Namespace) -> tuple:
+    _import_lightly()
     progress.prefix = f"{arguments.model_name} {arguments.chain} {kind} {arguments.name}: "
     method = arguments.recipe.get(kind)
     module = plugins.load(kind, method, "--recipe")
     recipe = build(module.Recipe, {key: value for key, value in arguments.recipe.items() if key != kind}, "--recipe")
     return module, recipe, {kind: method, **as_dict(recipe)}
+
+
+def _import_lightly() -> None:
+    """Have transformers do without scikit-learn, a fifth of its import, which it needs for assisted decoding alone."""
+    import transformers.utils
+
+    transformers.utils.is_sklearn_available = lambda: False
 
 
 def _provenance(started: float, device: str, script: Path, modules: list[str]) -> dict:

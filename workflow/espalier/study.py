@@ -157,6 +157,11 @@ class Study:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         wanted = sorted({one for need in needs for one in self._expand(*need, where)})
+        for one in wanted:
+            if one.kind == "step" and (name := self._method(one.chain)) != module.STEP:
+                raise UserError(
+                    f"{where}: this chart shows steps of '{module.STEP}', and '{one.chain}' ends in '{name}'."
+                )
         self._check_tasks(step, where)
         return wanted
 
@@ -173,6 +178,10 @@ class Study:
         models = self.resolved.models
         if model not in models:
             raise UserError(f"{where}: there is no model '{model}'.{did_you_mean(model, models)}")
+        if kind == "step":
+            chains.check(chain, self.stages, where)
+            self._task(model, chain, where)
+            return [Wanted(model, seed, chain, kind, name) for seed in models[model].seeds]
         section = {"evaluate": "suites", "profile": "workloads"}[kind]
         known = getattr(self.resolved, section)
         if name not in known:
@@ -186,6 +195,11 @@ class Study:
                 f" is a {task} model."
             )
         return [Wanted(model, seed, chain, kind, name) for seed in models[model].seeds]
+
+    def _method(self, chain: str) -> str:
+        """Return the method of a chain's last step."""
+        token = chains.split(chain)[1]
+        return self.resolved.recipes[token].method if token else chains.DENSE
 
     def _task(self, model: str, chain: str, where: str) -> str:
         """Return what kind of model a chain ends in; refuses a method that cannot take what comes before it."""

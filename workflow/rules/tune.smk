@@ -26,8 +26,13 @@ rule tune_model:
         code=lambda w: STUDY.code("tune_model.py", "recipes", w.recipe),
         device=STUDY.config.device,
         study=STUDY.name,
+        # Not an output: Snakemake removes outputs before a job, and what a killed training saved is to be found again.
+        state=f"{RUN}/{{parent}}+{{recipe}}/training-state",
+        # Depends on a resource, so Snakemake does not count it among the reasons to run a finished job again.
+        processes=lambda w, resources: max(1, resources.get("gpu", 0)),
     shell:
         "python workflow/scripts/tune_model.py --parent {input.parent} --recipe {params.recipe:q}"
-        " --device {params.device} --output {output.model} --step {output.step} --study {params.study}"
+        " --device {params.device} --output {output.model} --step {output.step} --state {params.state}"
+        " --processes {params.processes} --study {params.study}"
         " --model-name {wildcards.model} --seed {wildcards.seed} --chain {wildcards.parent}+{wildcards.recipe}"
         " --name {wildcards.recipe} 2>&1 | tee {log}"

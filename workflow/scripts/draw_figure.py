@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         content = {key: value for key, value in arguments.recipe.items() if key != "figures"}
         recipe = build(module.Recipe, content, f"figures.{arguments.figure}")
-        points = module.measured(recipe, tables.frame(tables.read(path) for path in arguments.results))
+        results = [tables.read(path) for path in arguments.results]
+        points = module.measured(recipe, results if getattr(module, "SAMPLES", False) else tables.frame(results))
         title = recipe.title
     if points.empty:
         raise UserError(f"There is nothing to draw in {arguments.figure}: no result matches its recipe.")

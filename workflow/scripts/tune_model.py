@@ -1,15 +1,23 @@
-"""Train a model further by a method of espalier/tune: LoRA, or a classification head on a task.
+"""Train a model further by a method of espalier/tune: LoRA, supervised fine-tuning, continued pretraining …
 
 python workflow/scripts/tune_model.py --parent results/demo/runs/tiny-llama/s0/dense/model \\
     --recipe '{"tune": "lora", "steps": 60, "dataset": {…}}' \\
     --output my/model --step my/step.json --study demo --model-name tiny-llama --seed 0 --chain dense+mine --name mine
+
+With --state FOLDER the training saves itself there every --save-every seconds, and on SIGTERM; the same command goes on
+from what was saved, to the same result. --processes 4 trains on four GPUs, or in four processes on the CPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import sys
 from pathlib import Path
 
-from espalier import cli, jobs
+from espalier import checkpoints, cli, jobs, parallel, plugins, provenance
+from espalier.errors import UserError
+from espalier.training_state import Saving, digest, digest_of_weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,8 +26,38 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_recipe(parser, "tune")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--step", type=Path, required=True, help="JSON file to write: what was done")
+    parser.add_argument("--state", type=Path, help="folder of the training's state, deleted at the end")
+    parser.add_argument("--save-every", type=float, default=600.0, help="seconds between two saved states")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the training, a GPU each")
     cli.add_identity(parser)
-    jobs.step("tune", parser.parse_args(argv), Path(__file__))
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
+    if arguments.processes > 1 and not parallel.launched():
+        code = parallel.launch(arguments.processes, [sys.executable, __file__, *argv])
+        if code:
+            sys.exit(code)
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.group(checkpoints.pick_device(arguments.device)))
+        saving = stack.enter_context(_saving(arguments)) if arguments.state else None
+        if parallel.rank() > 0:
+            with contextlib.suppress(UserError):  # process 0 meets the same and says so
+                jobs.assist("tune", arguments, saving=saving)
+            return
+        jobs.step("tune", arguments, Path(__file__), saving=saving)
+        if saving:
+            saving.remove()
+
+
+def _saving(arguments: argparse.Namespace) -> Saving:
+    module = plugins.module_name("tune", arguments.recipe.get("tune"), "--recipe")
+    key = {
+        "recipe": digest(arguments.recipe),
+        "seed": str(arguments.seed),
+        "code": provenance.code_version(Path(__file__), [module]),
+        "parent": digest_of_weights(arguments.parent),
+    }
+    return Saving(arguments.state, arguments.save_every, key)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What all charts share before anything is drawn: which results they need, and how rows of metrics become points.
 
-A figure module holds `Recipe`, `needs`, `measured`, `published` and `draw`. A point carries the number in the units
-that are plotted, and its error bar, so that the CSV beside a chart holds all that the chart shows:
+A figure module holds `Recipe`, `needs`, `measured`, `published` and `draw`. `measured` gets the table of metrics, or
+the raw results if the module says `SAMPLES = True`. A point carries the number in the units that are plotted, and its
+error bar, so that the CSV beside a chart holds all that the chart shows:
 
     value   mean over seeds
     stderr  standard error within one seed (which questions were drawn, or how a timing repeats); the root mean square
@@ -30,7 +31,7 @@ MEASURED = "measured"
 
 
 class Need(NamedTuple):
-    """One raw result that a chart plots: `name` is the suite (kind "evaluate") or the workload (kind "profile")."""
+    """One raw result that a chart plots: `name` is of the suite (kind "evaluate"), workload ("profile") or step."""
 
     model: str
     chain: str

@@ -6,6 +6,7 @@ pair of output and input length; points are labelled M1, M4, … by batch size, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ class Row:
 
     title: str  # stands above
     model: str  # name of a model
-    series: dict[str, str]  # name of `SERIES` → chain
+    series: dict[str, str | list[str]]  # name of `SERIES` → chain, or chains of several sizes, each a line
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,17 @@ def needs(recipe: Recipe) -> list[Need]:
     """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
     for row in recipe.rows:
         check_names(row.series, SERIES, f"figure '{recipe.title}', row '{row.title}'")
-    found = (Need(row.model, chain, "profile", recipe.workload) for row in recipe.rows for chain in row.series.values())
+    found = (Need(row.model, chain, "profile", recipe.workload) for row in recipe.rows for _, chain in _lines(row))
     return list(dict.fromkeys(found))
+
+
+def _lines(row: Row) -> list[tuple[str, str]]:
+    """Return (series, chain) of every line of a row."""
+    return [
+        (series, chain)
+        for series, chains in row.series.items()
+        for chain in ([chains] if isinstance(chains, str) else chains)
+    ]
 
 
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
@@ -78,7 +88,7 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
     needs(recipe)
     points = []
     for row in recipe.rows:
-        for series, chain in row.series.items():
+        for series, chain in _lines(row):
             found = select(metrics, kind="profile", suite=recipe.workload, model=row.model, chain=chain)
             found = [item for item in found if item["metric"] in QUANTITIES]
             for condition in sorted({tuple(item[key] for key in CONDITION) for item in found}, key=_order):
@@ -164,10 +174,9 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
         style.say_empty(axes, "All points: out of memory" if len(oom) else _wrap(reason or "no results"))
         return []
     labels, gaps = [], []
-    for name, (colour, marker, size) in SERIES.items():
-        line = points[points["series"] == name].sort_values(["batch_size", "latency"])
-        if line.empty:
-            continue
+    for name, shade, line in _shaded(points):
+        colour, marker, size = SERIES[name]
+        line = line.sort_values(["batch_size", "latency"])
         unreliable = line["certainty"].astype(str).str.startswith("unreliable").all()
         x, y = line["latency"].astype("float64"), line["throughput"].astype("float64")
         axes.errorbar(
@@ -180,7 +189,7 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
             markersize=size,
             linestyle=":" if unreliable else "-",
             markerfacecolor="none" if marker == "o" else colour,
-            alpha=0.6 if unreliable else 1.0,
+            alpha=(0.6 if unreliable else 1.0) * shade,
             elinewidth=0.6,
             zorder=3,
         )
@@ -196,7 +205,7 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
                 colour,
                 _rank(place, len(good), name),
             )
-            for place, row in enumerate(good)
+            for place, row in enumerate(good if shade == 1 else ())
             if row["batch_size"] is not None
         ]
         oom = line[line["outcome"] == "oom"]["batch_size"].dropna()
@@ -227,6 +236,15 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
     return labels
 
 
+def _shaded(points: DataFrame) -> Iterator[tuple[str, float, DataFrame]]:
+    """Yield (series, opacity, points) of each line; of several sizes of a series the largest is the darkest."""
+    for name in SERIES:
+        found = points[points["series"] == name].sort_values("parameters", ascending=False, kind="stable")
+        lines = [line for _, line in found.groupby("chain", sort=False, dropna=False)]
+        for place, line in enumerate(lines):
+            yield name, 1.0 - 0.7 * place / max(1, len(lines)), line
+
+
 def _rank(place: int, count: int, series: str) -> tuple:
     # The ends of each line say most, then every second point; "Ours" before the others.
     ends = 0 if place in (0, count - 1) else 1 + place % 2
@@ -247,12 +265,12 @@ def _legend(points: DataFrame, row: str) -> list:
     from matplotlib.lines import Line2D
 
     handles = []
-    for name, (colour, marker, size) in SERIES.items():
-        counts = points[points["series"] == name]["parameters"].dropna()
-        if name not in set(points["series"]):
-            continue
+    for name, shade, line in _shaded(points):
+        colour, marker, size = SERIES[name]
+        counts = line["parameters"].dropna()
         label = f"{row} (original)" if name == "Original" and row else name
         label += f" {style.parameters_label(counts.iloc[0])}" if len(counts) else ""
         face = "none" if marker == "o" else colour
-        handles.append(Line2D([], [], color=colour, marker=marker, markersize=size, markerfacecolor=face, label=label))
+        look = {"color": colour, "marker": marker, "markersize": size, "markerfacecolor": face, "alpha": shade}
+        handles.append(Line2D([], [], label=label, **look))
     return handles

@@ -1,4 +1,4 @@
-"""Peak memory and mean accuracy against model size, each with and without GPTQ.
+"""Peak memory and mean accuracy against model size, each with and without GPTQ; other ways of pruning beside it.
 
 Reproduces the two bar charts of Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834): how much memory a depth-pruned
 model saves next to quantization, and what either costs in accuracy.
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-SERIES = {"Ours": "#2C6FBB", "Ours + GPTQ": "#2A9D8F", "Original": "#000000", "Original + GPTQ": "#8C8C8C"}
+SERIES = {
+    "LLM-Pruner": "#E69F00",
+    "FLAP": "#CC79A7",
+    "Ours without retraining": "#A9C8EC",
+    "Ours": "#2C6FBB",
+    "Ours + GPTQ": "#2A9D8F",
+    "Original": "#000000",
+    "Original + GPTQ": "#8C8C8C",
+}
+NEAR = 1.02  # sizes that differ by less stand side by side: methods that prune widths meet a size only nearly
 COLUMNS = ("panel", "series", "size", "parameters", "chain", *ESTIMATE_COLUMNS, "unit", *ORIGIN_COLUMNS)
 PUBLISHED_TITLE = "Shortened LLaMA: memory and accuracy by model size (published)"
 
@@ -150,12 +159,11 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
 
 
 def _draw_bars(axes, points: DataFrame) -> None:
-    order = points.groupby("size")["parameters"].min().sort_values(na_position="first").index
-    if not len(order):
+    groups = _groups(points)
+    if not groups:
         style.say_empty(axes, "No results")
         return
     axes.grid(axis="y")
-    groups = [points[points["size"] == size] for size in order]
     width = 0.8 / max(2, *(len(group) for group in groups))
     for position, group in enumerate(groups):
         rows = sorted(group.to_dict("records"), key=lambda row: list(SERIES).index(row["series"]))
@@ -185,9 +193,26 @@ def _draw_bars(axes, points: DataFrame) -> None:
                 va="bottom",
                 fontsize=6 if len(points) > 14 else 7,
             )
-    axes.set_xticks(range(len(order)), list(order))
-    axes.set_xlim(-0.6, len(order) - 0.4)
+    axes.set_xticks(range(len(groups)), [_size_label(group) for group in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.12)
+
+
+def _groups(points: DataFrame) -> list[DataFrame]:
+    """Return the points of each size, the smallest first; sizes that are nearly the same are one group."""
+    order = points.groupby("size")["parameters"].min().sort_values(na_position="first")
+    groups: list[list[str]] = []
+    for size, parameters in order.items():
+        if groups and parameters < NEAR * order[groups[-1][0]]:
+            groups[-1].append(size)
+        else:
+            groups.append([size])
+    return [points[points["size"].isin(sizes)] for sizes in groups]
+
+
+def _size_label(group: DataFrame) -> str:
+    sizes = group["size"].unique()
+    return sizes[0] if len(sizes) == 1 else f"≈ {style.parameters_label(group['parameters'].mean())}"
 
 
 def _short(value: float) -> str:

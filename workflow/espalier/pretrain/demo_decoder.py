@@ -89,6 +89,14 @@ def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, devic
     }
 
 
+def skeleton(recipe: Recipe) -> tuple[LlamaForCausalLM, bool]:
+    """Return the model on the meta device, shapes without weights, and False: the text may give fewer tokens."""
+    import torch
+
+    with torch.device("meta"):
+        return new_model(recipe, recipe.vocabulary), False
+
+
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `vocabulary` tokens, without a template: text gains no special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -89,6 +89,14 @@ def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, devic
     }
 
 
+def skeleton(recipe: Recipe) -> tuple[BertForMaskedLM, bool]:
+    """Return the model on the meta device, shapes without weights, and False: the text may give fewer tokens."""
+    import torch
+
+    with torch.device("meta"):
+        return new_model(recipe, recipe.vocabulary), False
+
+
 def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
     """A lower-casing WordPiece tokenizer with BERT's template for one or two sentences.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from espalier import checkpoints
+from espalier import checkpoints, nf4
 from espalier.errors import UserError
 
 TAKES = ("causal-lm",)
@@ -31,14 +31,18 @@ class Recipe:
 
 
 def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
-    """Quantize the parent's weights and save them packed; returns the seconds taken and the bytes before and after."""
+    """Quantize the parent's weights and save them packed; returns the seconds taken and the bytes before and after.
+
+    Raises UserError for a parent that is quantized already, or whose layers 4 bits cannot pack.
+    """
     import torch
     import transformers
 
     info = checkpoints.describe(parent)
     if info["format"] not in ("transformers", "reference"):
         raise UserError(f"{parent} is quantized already ({info['format']}): bitsandbytes needs an unquantized parent.")
-    source = checkpoints.weights_folder(parent)
+    if recipe.bits == 4:
+        nf4.check_widths(parent, device)
     dtype = recipe.dtype or checkpoints.weights_dtype(parent)
     config = transformers.BitsAndBytesConfig(
         load_in_8bit=recipe.bits == 8,
@@ -49,16 +53,9 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     started = time.monotonic()
-    model = getattr(transformers, checkpoints.TASKS[info["task"]]).from_pretrained(
-        source,
-        quantization_config=config,
-        dtype=dtype,
-        device_map={"": device},
-        trust_remote_code=info.get("trust_remote_code", False),
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    loaded = checkpoints.load(parent, device, quantization_config=config, device_map={"": device}, dtype=dtype)
     # Saved before any forward pass: on CPUs with AVX512-BF16 the first one repacks 4-bit weights for itself.
-    checkpoints.save(model, tokenizer, output, info, format="bitsandbytes", bits=recipe.bits, dtype=dtype)
+    checkpoints.save(loaded.model, loaded.tokenizer, output, info, format="bitsandbytes", bits=recipe.bits, dtype=dtype)
     return {
         "seconds": time.monotonic() - started,
         "bytes": {"before": checkpoints.weight_bytes(parent), "after": checkpoints.weight_bytes(output)},

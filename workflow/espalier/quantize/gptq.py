@@ -50,10 +50,10 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
         raise UserError(f"{parent} is quantized already ({info['format']}): GPTQ needs an unquantized parent.")
     gptq_loading.prepare(device)
     import torch
-    import transformers
 
     source, dtype = checkpoints.weights_folder(parent), checkpoints.weights_dtype(parent)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    checkpoints.know_pruned(source)
+    tokenizer = checkpoints.load_tokenizer(parent)
     token_ids = recipe.calibration.token_ids(tokenizer)
     torch.manual_seed(seed)
     with gptq_loading.quiet(), gptq_loading.no_logs():

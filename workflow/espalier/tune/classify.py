@@ -9,15 +9,16 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from espalier import glue_tasks, training
+from espalier import glue_tasks, parallel, training
 from espalier.data import Dataset
-from espalier.progress import progress
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from espalier.training_state import Saving
 
 TAKES = ("masked-lm",)
 GIVES = "sequence-classification"
@@ -50,12 +51,15 @@ class Recipe:
             raise ValueError("'warmup' is a share of the steps: at least 0 and below 1.")
 
 
-def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
+def apply(
+    parent: Path, output: Path | None, recipe: Recipe, *, seed: int, device: str, saving: Saving | None = None
+) -> dict:
     """Fine-tune `parent` and save the classifier into `output`; return rows, steps, the loss curve and the seconds."""
     import torch
 
     from espalier import checkpoints
 
+    parallel.refuse("Fine-tuning a classifier")
     task = glue_tasks.TASKS[recipe.task]
     found = glue_tasks.rows(recipe.dataset, recipe.task, recipe.split)
     torch.manual_seed(seed)  # the new head and dropout
@@ -67,28 +71,59 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
         dtype=torch.float32,
         attn_implementation=recipe.attention,
     )
-    items = glue_tasks.encode(checkpoint.tokenizer, recipe.task, found, recipe.max_length)
-    labels = [row["label"] for row in found]
+    tokenizer = checkpoint.tokenizer
+    encoded = glue_tasks.encode(tokenizer, recipe.task, found, recipe.max_length)
+    items = [{"inputs": one, "label": row["label"]} for one, row in zip(encoded, found, strict=True)]
+    plan = plan_of(recipe, len(items))
     started = time.perf_counter()
-    losses = _train(checkpoint, recipe, items, labels, seed)
+    report = training.fit(
+        checkpoint.model,
+        training.Rows(items, recipe.batch_size, plan.steps, seed),
+        LabelLoss(tokenizer, device, recipe.autocast),
+        plan,
+        device=device,
+        label=f"fine-tuning on {recipe.task}",
+        saving=saving,
+    )
     seconds = time.perf_counter() - started
-    model = checkpoint.model.eval()
-    parameters = checkpoints.logical_parameters(model)
+    parameters = checkpoints.logical_parameters(checkpoint.model)
     info = {"task": GIVES, "parameters": parameters, "glue_task": recipe.task}
-    checkpoints.save(model, checkpoint.tokenizer, output, info)
+    checkpoints.save(checkpoint.model, tokenizer, output, info)
+    losses = report["losses"]
     return {"rows": len(items), "steps": len(losses), "seconds": round(seconds, 2), "losses": losses}
 
 
-def optimizer_of(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only."""
-    import torch
+def plan_of(recipe: Recipe, rows: int) -> training.Plan:
+    """Return how the encoder is trained on so many rows."""
+    steps = training.steps_of(rows, recipe.batch_size, recipe.steps, recipe.epochs)
+    return training.Plan(
+        steps=steps,
+        learning_rate=recipe.learning_rate,
+        warmup=round(recipe.warmup * steps),
+        weight_decay=recipe.weight_decay,
+        max_gradient_norm=recipe.max_gradient_norm,
+        micro_batch=recipe.batch_size,
+        adam_beta2=recipe.adam_beta2,
+    )
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [one for one in trained if one.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.adam_beta2), fused=True)
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """Mean loss over rows {"inputs", "label"}: squared error for one output, cross-entropy for more."""
+
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    autocast: bool  # matrix products in bfloat16
+
+    def weight(self, item: dict) -> int:
+        return 1
+
+    def loss(self, model: PreTrainedModel, items: list[dict], total: int) -> torch.Tensor:
+        """Return the mean loss of `items` as their share of a mean over `total` rows."""
+        batch = glue_tasks.pad(self.tokenizer, [item["inputs"] for item in items], self.device)
+        with training.autocast(self.device, self.autocast):
+            logits = model(**batch).logits
+        return loss_of(logits, [item["label"] for item in items], self.device) * (len(items) / total)
 
 
 def loss_of(logits: torch.Tensor, labels: list, device: str) -> torch.Tensor:
@@ -100,28 +135,3 @@ def loss_of(logits: torch.Tensor, labels: list, device: str) -> torch.Tensor:
     if logits.shape[1] == 1:
         return mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float32, device=device))
     return cross_entropy(logits, torch.tensor(labels, device=device))
-
-
-def _train(checkpoint, recipe: Recipe, items: list[dict], labels: list, seed: int) -> list[float]:
-    """Train in place; return each step's loss."""
-    import torch
-
-    model, device = checkpoint.model.train(), checkpoint.device
-    optimizer = optimizer_of(model, recipe)
-    steps = training.steps_of(len(items), recipe.batch_size, recipe.steps, recipe.epochs)
-    warmup = round(recipe.warmup * steps)
-    losses = []
-    bar = progress(training.batches(len(items), recipe.batch_size, steps, seed), f"fine-tuning on {recipe.task}", steps)
-    for step, rows in enumerate(bar):
-        training.set_learning_rate(optimizer, recipe.learning_rate * training.warmup_then_linear(step, steps, warmup))
-        batch = glue_tasks.pad(checkpoint.tokenizer, [items[i] for i in rows], device)
-        with training.autocast(device, recipe.autocast):
-            logits = model(**batch).logits
-        loss = loss_of(logits, [labels[i] for i in rows], device)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(round(loss.item(), 5))
-        bar.note(f"loss {losses[-1]:.3f}")
-    return losses

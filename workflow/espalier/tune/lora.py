@@ -3,35 +3,33 @@
 The loss is the mean negative log-likelihood over the tokens of the responses, the end token included; prompts are read
 but not learned. The adapter with the lowest validation loss is kept, merged in float32, and saved as an ordinary
 checkpoint. The defaults are the paper's, but for the number of steps or epochs, which has none.
+
+With `base: nf4` it is QLoRA (Dettmers et al. 2023, 2305.14314): while the adapter trains, the linear layers of the
+blocks are held in 4-bit NF4 with double quantization. What is merged and saved is what was validated: the dequantized
+NF4 weight W' plus alpha / r · B·A, not the parent's W.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from espalier import training
+from espalier import instructions, parallel, training
 from espalier.data import Dataset
 from espalier.errors import UserError, did_you_mean
-from espalier.progress import progress
+from espalier.token_loss import TokenLoss
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from espalier.checkpoints import Checkpoint
+    from espalier.training_state import Saving
 
 TAKES = ("causal-lm",)
-UNSEEN = -100  # the label of a token that is not learned, as in torch's cross_entropy
-ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-ALPACA_PAIRED = ", paired with an input that provides further context"
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Recipe:
     template: Literal["plain", "alpaca"] = "plain"  # columns: prompt, response; or instruction, input, output
     separator: str = ""  # plain: stands between prompt and response, and is learned with the response
     end_token: bool = True  # whether the end of a response is learned too
+    base: Literal["full", "nf4"] = "full"  # how the frozen weights are held: as they are, or in 4 bits (QLoRA)
     r: int = 8  # rank of the update of each layer
     alpha: float = 16.0  # the update is alpha / r · B·A
     dropout: float = 0.05  # of the adapter's input, while it is trained
@@ -73,94 +72,82 @@ class Recipe:
             raise ValueError("'targets' names no layer; leave it out for all linear layers of the blocks.")
 
 
-def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
-    """Train an adapter on `parent`, merge the best one and save the model into `output`.
+def apply(
+    parent: Path, output: Path | None, recipe: Recipe, *, seed: int, device: str, saving: Saving | None = None
+) -> dict:
+    """Train an adapter on `parent`, merge the best one and save the model into `output` (None: take part, no more).
 
     Returns the loss curve, the validation losses, the step kept, the number of trained parameters and the seconds.
     Raises UserError for a parent with packed weights, into which an adapter cannot be merged.
     """
-    import torch
-
     from espalier import checkpoints
 
-    described = checkpoints.describe(parent)
-    if described.get("format", "transformers") not in ("transformers", "reference"):
-        raise UserError(
-            f"The checkpoint {parent} has packed weights ({described['format']}), into which LoRA cannot be merged:"
-            " put this step before quantization."
-        )
-    checkpoint = checkpoints.load(
-        parent, device, dtype=getattr(torch, recipe.dtype), attn_implementation=recipe.attention
-    )
-    items, dropped = examples(checkpoint.tokenizer, recipe)
-    train, validation = split_rows(items, recipe.validation_samples, seed)
+    training.refuse_packed(parent, "LoRA")
+    if recipe.base == "nf4":
+        from espalier import nf4
+
+        parallel.refuse("LoRA on weights in NF4 (QLoRA)")
+        nf4.check_widths(parent, device)
+    checkpoint = load(parent, recipe, device)
+    items, dropped = instructions.examples(checkpoint.tokenizer, recipe)
+    train, validation = instructions.split_rows(items, recipe.validation_samples, seed)
     model = adapted(checkpoint.model, recipe, seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    plan = plan_of(recipe, len(train))
     started = time.perf_counter()
-    report = fit(model, checkpoint.tokenizer, train, validation, recipe, seed=seed, device=checkpoint.device)
+    report = training.fit(
+        model,
+        training.Rows(train, recipe.batch_size, plan.steps, seed),
+        TokenLoss(checkpoint.tokenizer.pad_token_id, device, recipe.autocast),
+        plan,
+        device=device,
+        label="training LoRA, steps",
+        validation=validation,
+        saving=saving,
+    )
     seconds = time.perf_counter() - started
-    merged = merge(model)
-    parameters = checkpoints.logical_parameters(merged)
-    checkpoints.save(merged, checkpoint.tokenizer, output, {**checkpoint.info, "parameters": parameters})
+
+    def fresh() -> PeftModel:
+        return adapted(load(parent, recipe, "cpu" if parallel.size() > 1 else device, whole=True).model, recipe, seed)
+
+    model = parallel.undivided(model, fresh, always=recipe.base == "nf4")
+    if output is not None:
+        merged = merge(model)
+        parameters = checkpoints.logical_parameters(merged)
+        checkpoints.save(merged, checkpoint.tokenizer, output, {**checkpoint.info, "parameters": parameters})
     counts = {"train_rows": len(train), "validation_rows": len(validation), "dropped_rows": dropped}
     return {**counts, "trained_parameters": trained, "seconds": round(seconds, 2), **report}
 
 
-def examples(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[dict], int]:
-    """Return {"input_ids", "labels"} of each row, and how many rows were dropped because the cut left no response.
+def load(parent: Path, recipe: Recipe, device: str, whole: bool = False) -> Checkpoint:
+    """Load the frozen base. NF4: its blocks' layers packed; with `whole`, the values that those stand for, unpacked."""
+    import torch
 
-    Prompt and response are tokenized together; the response's tokens are those after as many as the prompt has alone,
-    which is how the evaluation harness divides them too. The end token follows a response that was not cut, unless the
-    recipe leaves it out.
-    """
-    rows = recipe.dataset.rows(recipe.split, recipe.config)
-    columns = ("prompt", "response") if recipe.template == "plain" else ("instruction", "input", "output")
-    for column in columns:
-        if rows and column not in rows[0]:
-            raise UserError(
-                f"The dataset '{recipe.dataset.name}', split '{recipe.split}', has no column '{column}', which the"
-                f" template '{recipe.template}' needs.{did_you_mean(column, rows[0])}"
-            )
-    if not rows:
-        raise UserError(f"The dataset '{recipe.dataset.name}', split '{recipe.split}', has no rows.")
-    pairs = [_pair(row, recipe) for row in rows]
-    prompts = tokenizer([prompt for prompt, _ in pairs], verbose=False)["input_ids"]
-    wholes = tokenizer([prompt + response for prompt, response in pairs], verbose=False)["input_ids"]
-    items, end = [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for prompt, whole in zip(prompts, wholes, strict=True):
-        # Some tokenizers put the end token after every text by themselves, the prompt alone included.
-        prompt = prompt[:-1] if end and prompt[-1:] == end else prompt
-        whole = whole[:-1] if end and whole[-1:] == end else whole
-        whole += end if recipe.end_token else []
-        whole = whole[: recipe.cutoff]
-        # The first token of a text is never predicted, so a response without a prompt loses it.
-        learned = max(1, len(prompt))
-        if len(whole) > learned:
-            items.append({"input_ids": whole, "labels": [UNSEEN] * learned + whole[learned:]})
-    return items, len(rows) - len(items)
+    from espalier import checkpoints
+
+    options = {"dtype": getattr(torch, recipe.dtype), "attn_implementation": recipe.attention}
+    if recipe.base == "full":
+        return checkpoints.load(parent, parallel.loading_device(device), **options)
+    from espalier import nf4
+
+    if not whole:
+        return nf4.load(parent, device, **options)
+    checkpoint = checkpoints.load(parent, device, **options)
+    nf4.round_weights(checkpoint.model)
+    return checkpoint
 
 
-def _pair(row: dict, recipe: Recipe) -> tuple[str, str]:
-    if recipe.template == "plain":
-        return row["prompt"], recipe.separator + row["response"]
-    given = row["input"]
-    prompt = ALPACA.format(
-        paired=ALPACA_PAIRED if given else "",
-        instruction=row["instruction"],
-        input=f"### Input:\n{given}\n\n" if given else "",
+def plan_of(recipe: Recipe, rows: int) -> training.Plan:
+    """Return how the adapter is trained on so many rows."""
+    return training.Plan(
+        steps=training.steps_of(rows, recipe.batch_size, recipe.steps, recipe.epochs),
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_gradient_norm=recipe.max_gradient_norm,
+        micro_batch=recipe.micro_batch,
+        validate_every=recipe.validate_every,
     )
-    return prompt, row["output"]
-
-
-def split_rows(items: list[dict], validation: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Return the training rows and `validation` rows drawn by the seed. Raises UserError if none is left to train."""
-    if validation >= len(items):
-        raise UserError(
-            f"The recipe sets {validation} of {len(items)} usable rows aside for validation and leaves none to train:"
-            " lower 'validation_samples'."
-        )
-    chosen = set(random.Random(f"validation-{seed}").sample(range(len(items)), validation))
-    return [one for i, one in enumerate(items) if i not in chosen], [items[i] for i in sorted(chosen)]
 
 
 def adapted(model: PreTrainedModel, recipe: Recipe, seed: int) -> PeftModel:
@@ -186,105 +173,9 @@ def adapted(model: PreTrainedModel, recipe: Recipe, seed: int) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def fit(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: list[dict],
-    validation: list[dict],
-    recipe: Recipe,
-    *,
-    seed: int,
-    device: str,
-) -> dict:
-    """Train the adapter in place and leave the one with the lowest validation loss in the model (the last without one).
-
-    A step's loss is the mean over all learned tokens of its batch, however the batch is divided into micro-batches.
-    """
-    import torch
-
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-    steps = training.steps_of(len(train), recipe.batch_size, recipe.steps, recipe.epochs)
-    losses: list[float] = []
-    validations: list[dict] = []
-    best: list[torch.Tensor] = []
-    model.train()
-    bar = progress(training.batches(len(train), recipe.batch_size, steps, seed), "training LoRA, steps", steps)
-    for step, rows in enumerate(bar):
-        rate = recipe.learning_rate * training.warmup_then_linear(step, steps, min(recipe.warmup_steps, steps))
-        training.set_learning_rate(optimizer, rate)
-        losses.append(round(_backward(model, tokenizer, [train[i] for i in rows], recipe, device), 5))
-        torch.nn.utils.clip_grad_norm_(weights, recipe.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.note(f"loss {losses[-1]:.3f}")
-        if validation and ((step + 1) % recipe.validate_every == 0 or step + 1 == steps):
-            loss = mean_loss(model, tokenizer, validation, recipe, device)
-            if not validations or loss < min(one["loss"] for one in validations):
-                best = [weight.detach().clone() for weight in weights]
-            validations.append({"step": step + 1, "loss": loss})
-    kept = steps
-    if validations:
-        kept = min(validations, key=lambda one: one["loss"])["step"]
-        with torch.no_grad():
-            for weight, value in zip(weights, best, strict=True):
-                weight.copy_(value)
-    model.eval()
-    return {"steps": steps, "kept_step": kept, "losses": losses, "validation": validations}
-
-
-def _backward(model, tokenizer, items: list[dict], recipe: Recipe, device: str) -> float:
-    """Add the gradient of the batch's mean loss over learned tokens; return that loss."""
-    tokens = sum(_learned(item) for item in items)
-    total = 0.0
-    for start in range(0, len(items), recipe.micro_batch):
-        part = items[start : start + recipe.micro_batch]
-        loss = summed_loss(model, tokenizer, part, recipe.autocast, device) / tokens
-        loss.backward()
-        total += loss.item()
-    return total
-
-
-def mean_loss(model, tokenizer, items: list[dict], recipe: Recipe, device: str) -> float:
-    """Return the mean loss over the learned tokens of all items, without dropout."""
-    import torch
-
-    was_training = model.training
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(items), recipe.micro_batch):
-            part = items[start : start + recipe.micro_batch]
-            total += summed_loss(model, tokenizer, part, recipe.autocast, device).item()
-    model.train(was_training)
-    return total / sum(_learned(item) for item in items)
-
-
-def summed_loss(model, tokenizer, items: list[dict], autocast: bool, device: str) -> torch.Tensor:
-    """Return the negative log-likelihood summed over the learned tokens (nats)."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    longest = max(len(item["input_ids"]) for item in items)
-    ids = torch.full((len(items), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(items), longest), UNSEEN)
-    for row, item in enumerate(items):
-        ids[row, : len(item["input_ids"])] = torch.tensor(item["input_ids"])
-        labels[row, : len(item["labels"])] = torch.tensor(item["labels"])
-    ids, labels = ids.to(device), labels.to(device)
-    # Padding is on the right and attention is causal: no learned token sees it, and no mask is needed.
-    with training.autocast(device, autocast):
-        logits = model(input_ids=ids, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
-
-
 def merge(model: PeftModel) -> PreTrainedModel:
     """Return the model with the adapter added to its weights.
 
     The adapter is float32 whatever the weights are, so each sum is computed in float32 and rounded once.
     """
     return model.merge_and_unload()
-
-
-def _learned(item: dict) -> int:
-    return sum(label != UNSEEN for label in item["labels"])

@@ -1,0 +1,126 @@
+"""Random weights of a real shape: exact counts, and a checkpoint that says what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from espalier import checkpoints
+from espalier.config import Model
+from espalier.errors import UserError
+from espalier.pretrain import random_weights
+from espalier.pretrain.random_weights import Recipe, skeleton
+from espalier.recipes import build, fields_of
+
+PARAMETERS = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "vicuna-13b": 13_015_864_320,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3-8b": 8_030_261_248,
+    "opt-6.7b": 6_658_473_984,
+    "chatglm2-6b": 6_243_584_000,
+    "qwen3-0.6b": 596_049_920,
+}
+TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {"model_type": "llama", "intermediate_size": 24, "max_position_embeddings": 32, **TINY}
+OPT = {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32, **TINY}
+TIED = {**LLAMA, "tie_word_embeddings": True}
+
+
+def test_every_shape_has_the_published_number_of_parameters():
+    assert {file.stem for file in random_weights.SHAPES.glob("*.json")} == PARAMETERS.keys()
+    for shape, parameters in PARAMETERS.items():
+        model, exact = skeleton(Recipe(shape=shape))
+        assert (shape, checkpoints.logical_parameters(model), exact) == (shape, parameters, True)
+        assert next(model.parameters()).is_meta
+
+
+def made(folder, seed=0, **recipe):
+    folder.mkdir()
+    return random_weights.apply(None, folder, Recipe(**recipe), seed=seed, device="cpu")
+
+
+@pytest.mark.parametrize("config", [LLAMA, OPT, TIED], ids=["llama", "opt", "tied"])
+def test_checkpoint_has_random_matrices_and_neutral_norms(tmp_path, config):
+    report = made(tmp_path / "model", config=config, weights_dtype="float16")
+    checkpoint = checkpoints.load(tmp_path / "model", device="cpu")
+    assert checkpoints.inherited(checkpoint.info)["weights"] == "random"  # a child has it too
+    assert checkpoint.info["bits"] == 16
+    assert report["parameters"] == checkpoint.info["parameters"] == checkpoints.logical_parameters(checkpoint.model)
+    matrices = [one for one in checkpoint.model.parameters() if one.ndim > 1]
+    assert torch.cat([one.flatten() for one in matrices]).float().std().item() == pytest.approx(0.02, rel=0.03)
+    assert len({one.flatten()[0].item() for one in matrices}) > len(matrices) // 2
+    for name, one in checkpoint.model.named_parameters():
+        assert one.dtype == torch.float16
+        if one.ndim == 1:
+            assert torch.equal(one, torch.full_like(one, float(not name.endswith("bias")))), name
+    tied = config["model_type"] == "opt" or config.get("tie_word_embeddings", False)
+    embedded, head = checkpoint.model.get_input_embeddings().weight, checkpoint.model.get_output_embeddings().weight
+    assert (embedded is head) == tied
+
+
+def test_the_model_computes_and_its_tokenizer_reads_any_text(tmp_path):
+    made(tmp_path / "model", config=LLAMA, weights_dtype="float32")
+    checkpoint = checkpoints.load(tmp_path / "model", device="cpu")
+    ids = checkpoint.tokenizer("Süße 猫!", return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == len("Süße 猫!".encode())
+    assert checkpoint.tokenizer.decode(ids[0]) == "Süße 猫!"
+    assert checkpoint.tokenizer.eos_token_id == checkpoint.model.config.eos_token_id == 256
+    assert checkpoint.model(input_ids=ids).logits.isfinite().all()
+
+
+def test_weights_follow_from_the_seed(tmp_path):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        made(tmp_path / name, seed, config=LLAMA)
+        weights.append(checkpoints.load(tmp_path / name, device="cpu").model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not any(torch.equal(weights[0][key], weights[2][key]) for key in weights[0] if "proj" in key)
+
+
+def test_layers_shorten_a_shape():
+    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    for layers in (1, 5):
+        model, _ = skeleton(Recipe(shape="llama-7b", layers=layers))
+        assert checkpoints.logical_parameters(model) == PARAMETERS["llama-7b"] - (32 - layers) * block
+    assert len(skeleton(Recipe(shape="qwen3-0.6b", layers=3))[0].config.layer_types) == 3
+
+
+def test_every_key_of_the_recipe_reaches_it_from_a_study():
+    """A model's entry holds the keys of its source too: one name must not mean both."""
+    assert not fields_of(Recipe).keys() & fields_of(Model).keys()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({}, "exactly one of the keys 'shape' and 'config'"),
+        ({"shape": "llama-7b", "config": LLAMA}, "exactly one of the keys 'shape' and 'config'"),
+        ({"shape": "lama-7b"}, "there is no shape 'lama-7b' in reference/shapes. Did you mean 'llama-7b'?"),
+        ({"config": {"hidden_size": 16}}, "'config' must say the 'model_type'"),
+        ({"shape": "llama-7b", "layers": 0}, "'layers' must be at least 1"),
+        ({"shape": "llama-7b", "weights_dtype": "int8"}, "weights_dtype: 'int8' (str) is not a choice"),
+    ],
+)
+def test_what_is_asked_for_must_make_sense(recipe, message):
+    with pytest.raises(UserError) as error:
+        build(Recipe, recipe, "models.x")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 256}, "'vocab_size' is 256, and the tokenizer of single bytes has 257 tokens."),
+        ({"model_type": "lama"}, "lama"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 3}, "is not a multiple of the number of attention heads (3)."),
+    ],
+)
+def test_config_of_which_no_model_can_be_made(change, message):
+    with pytest.raises(UserError, match=r"^No model can be made of the config: ") as error:
+        skeleton(Recipe(config=LLAMA | change))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
