@@ -61,7 +61,7 @@ AT_PARSE_TIME = {
         "recipes.gptq-w4: the key 'bits' is",
     ),
     "a number as text": (
-        put("recipes", "lora", "learning_rate", "5e-3"),
+        put("recipes", "lora", "learning_rate", "fast"),
         "recipes.lora.learning_rate: expected a number",
     ),
     "text for a number": (

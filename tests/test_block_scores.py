@@ -180,6 +180,6 @@ def test_peaks(calibration):
     peaks = {name: depth.peak_bytes(model, depth.Recipe(blocks=1, criterion=name, **sets[name])) for name in CRITERIA}
     block = 202_383_360
     assert peaks["magnitude"] == peaks["random"] == 2 * block
-    assert 2 * block < peaks["perplexity"] == peaks["block-influence"] < 4 * block  # embeddings and head are larger
+    assert 2 * block < peaks["block-influence"] < peaks["perplexity"] < 4 * block  # embeddings and head are larger
     # Weights, two means and a sample's gradients, in 32 bits.
-    assert 4 * 4 * block < peaks["taylor"] < 6 * 4 * block
+    assert 4 * 4 * block < peaks["taylor"] < 4.2 * 4 * block

@@ -37,6 +37,16 @@ def test_calibration_sets_are_nested_seeded_and_exact(dataset):
     assert ids(4, seed=2) != ids(4)
 
 
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    texts = ["a\u2028b", "c\u0085d\u000be"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).replace("\\u000b", "\\u000b") for text in texts]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    dataset = Dataset("lines", "local", path=str(tmp_path))
+    assert [row["text"] for row in dataset.rows("train")] == texts
+    assert dataset.rows("empty") == []
+
+
 def test_crops_are_pieces_of_single_documents(tmp_path):
     """The document n is the number n again and again, then its place: a crop shows where it was cut."""
     lines = [json.dumps({"text": " ".join(f"{n}.{place}" for place in range(3 * n))}) + "\n" for n in range(8)]

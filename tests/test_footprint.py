@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from espalier import memory
+import tiny as tiny_llama
+from espalier import checkpoints, memory
 from espalier.data import Calibration, Dataset, Text
-from espalier.models import footprint
+from espalier.models import footprint, streaming, widths
 from espalier.models.anatomy import blocks_of
 from espalier.models.streaming import BlockStream, gradients
+from espalier.prune import depth, flap, llm_pruner, wanda_sp
+from espalier.recipes import build
 from families import VOCABULARY, tiny
 
 
@@ -42,11 +47,14 @@ def test_both_sums_by_hand():
     inside = 7 * block * 2 + batch * (2 * 32 + outputs) * 2
     given = footprint.peak_bytes(model, calibration(5, 12), 4, copies=7, itemsize=2)
     assert given == inside
-    beside = (2 * 97 * 32 + 32) * 2 + batch * (32 * 2 + 97 * (2 + 4 + 4))
+    losses = 5 * 12  # so few tokens that all are there at once
+    beside = (2 * 97 * 32 + 32) * 2 + losses * (32 * 2 + 97 * (2 + 4 + 4))
     assert beside < inside
     model.config.vocab_size = 970  # the logits alone: the weights stay as they are
-    wide = footprint.peak_bytes(model, calibration(5, 12), 4, copies=1, itemsize=2)
-    assert wide == beside + batch * (970 - 97) * 10
+    wide = footprint.peak_bytes(model, calibration(5, 12), 4, copies=1, itemsize=2, losses=True)
+    assert wide == beside + losses * (970 - 97) * 10
+    long = footprint.peak_bytes(model, calibration(500, 1200), 1, copies=1, itemsize=2, losses=True)
+    assert long == (2 * 97 * 32 + 32) * 2 + 1200 * (32 * 2 + 970 * 10), "one window of losses at a time"
 
 
 def test_a_batch_is_never_larger_than_the_calibration_and_the_largest_block_counts():
@@ -81,10 +89,68 @@ def test_what_a_stream_allocates_is_within_half_of_the_sum(family, work, sets, c
     stream = started(family, sizes, samples, length, batch, "cpu")
     work(stream)  # what is made once, in the first pass, belongs to no peak
     measured = memory.peak_allocated_bytes(lambda: work(stream), "cpu", before=0)
-    expected = footprint.peak_bytes(stream.model, calibration(samples, length), batch, copies=copies, itemsize=4)
+    expected = footprint.peak_bytes(
+        stream.model, calibration(samples, length), batch, copies=copies, itemsize=4, losses=True
+    )
     # Here the host's memory, in which the hidden states of all samples wait, is the device's.
     expected += sets * samples * length * stream.model.config.hidden_size * 4
     assert 0.5 < expected / measured < 1.5
+
+
+class Done(Exception):
+    """All blocks are scored."""
+
+
+METHODS = {
+    "depth perplexity": (depth, {"blocks": 1, "criterion": "perplexity"}),
+    "depth block-influence": (depth, {"blocks": 1, "criterion": "block-influence"}),
+    "depth taylor": (depth, {"blocks": 1, "criterion": "taylor"}),
+    "llm-pruner": (llm_pruner, {"ratio": 0.5, "keep_first": 0, "keep_last": 0, "order": "mixed"}),
+    "flap": (flap, {"ratio": 0.5}),
+    "wanda-sp": (wanda_sp, {"ratio": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_says_is_what_it_takes(name, monkeypatch, tmp_path):
+    """Where weights dominate: what is moved is copied, as it would be to a device, and counted until blocks go."""
+    module, settings = METHODS[name]
+    parent = tiny_llama.llama(tmp_path / "parent", layers=4, hidden=128, mlp=512)
+    sets = tiny_llama.calibration(tmp_path / "words", samples=2, length=8)
+    checkpoint = checkpoints.load(parent, "cpu", dtype=torch.bfloat16)
+    recipe = build(module.Recipe, {**settings, "calibration": sets}, name)
+
+    def copied(tensors, device, dtype):
+        homes = [one.data for one in tensors]
+        for one in tensors:
+            one.data = one.data.to(device, dtype if isinstance(one, torch.nn.Parameter) else None, copy=True)
+        try:
+            yield
+        finally:
+            for one, home in zip(tensors, homes, strict=True):
+                one.data = home
+
+    def done(*_):
+        raise Done
+
+    def zeros(layer):
+        return torch.zeros(layer.in_features)
+
+    monkeypatch.setattr(streaming, "_moved", contextlib.contextmanager(copied))
+    monkeypatch.setattr(depth, "remove_blocks", done)
+    monkeypatch.setattr(widths, "choose", done)
+    # Scores of FLAP and Wanda-sp are computed by the host, in its memory.
+    monkeypatch.setattr(flap, "channel_metrics", lambda parts, *_: tuple(map(zeros, (parts.output, parts.down))))
+    monkeypatch.setattr(wanda_sp, "channel_scores", lambda layer, _: zeros(layer))
+    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: checkpoint)
+
+    def work() -> None:
+        with pytest.raises(Done):
+            module.apply(parent, tmp_path, recipe, seed=0, device="cpu")
+
+    work()
+    measured = memory.peak_allocated_bytes(work, "cpu", before=0)
+    assert module.peak_bytes(checkpoint.model, recipe) == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.cuda
@@ -96,7 +162,7 @@ def test_the_peak_on_a_device(work, copies, batch):
     work(stream)
     before = memory.allocated_bytes("cuda")
     measured = memory.peak_allocated_bytes(lambda: work(stream), "cuda") - before
-    expected = footprint.peak_bytes(stream.model, calibration(16, 512), batch, copies=copies, itemsize=4)
+    expected = footprint.peak_bytes(stream.model, calibration(16, 512), batch, copies=copies, itemsize=4, losses=True)
     assert 0.5 < expected / measured < 1.5
 
 

@@ -82,7 +82,9 @@ def fetch(name: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProce
     command += ["--reference", json.dumps({**reference, "trust_remote_code": False})]
     command += ["--output", str(tmp_path / "model"), "--step", str(tmp_path / "step.json")]
     command += ["--study", "s", "--model-name", "m", "--seed", "0", "--chain", "dense", "--name", "dense"]
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    # GPTQModel, imported by another test of this process, sets the cache in the environment.
+    cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_CACHE": str(tmp_path / "cache" / "hub")}
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", **cache}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from espalier.errors import UserError
 from espalier.pretrain import random_weights
 from espalier.pretrain.random_weights import Recipe, skeleton
 from espalier.recipes import build, fields_of
+from espalier.study import Study
 
 PARAMETERS = {
     "llama-7b": 6_738_415_616,
@@ -124,3 +127,11 @@ def test_config_of_which_no_model_can_be_made(change, message):
         skeleton(Recipe(config=LLAMA | change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_shape_is_an_input_of_its_model():
+    models = {"a": {"pretrain": "random-weights", "shape": "opt-6.7b"}}
+    models["b"] = {"pretrain": "random-weights", "config": {"model_type": "llama"}}
+    made = Study({"study": "s", "models": models, "figures": {}}, "s.yaml")
+    assert [Path(file).resolve() for file in made.data("pretrained", "a")] == [random_weights.SHAPES / "opt-6.7b.json"]
+    assert made.data("pretrained", "b") == []

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+import yaml
 
 from espalier.errors import UserError
 from espalier.recipes import as_dict, build
@@ -41,6 +42,12 @@ def test_builds_with_defaults_and_nested_recipes():
     assert build(Outer, as_dict(built), "again") == built
 
 
+@pytest.mark.parametrize(("text", "number"), [("1e-4", 1e-4), ("4.9e9", 4.9e9), ("2e+3", 2000.0)])
+def test_numbers_that_yaml_reads_as_text(text, number):
+    assert yaml.safe_load(text) == text
+    assert build(Outer, {**GOOD, "rate": text}, "here").rate == number
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -48,7 +55,7 @@ def test_builds_with_defaults_and_nested_recipes():
         ({"inner": {"lenght": 3}}, "here.inner: unknown key 'lenght'. Did you mean 'length'?"),
         ({"inner": {}}, "here.inner: the key 'length' is missing."),
         ({"inner": 3}, "here.inner: expected a mapping"),
-        ({"rate": "1e-4"}, "write 1.0e-4"),
+        ({"rate": "1e-4x"}, "here.rate: expected a number, found '1e-4x' (str)"),
         ({"rate": True}, "here.rate: expected a number, found True (bool)"),
         ({"mode": "fats"}, "'fats' (str) is not a choice. Did you mean 'fast'?"),
         ({"mode": "4"}, "is not a choice"),

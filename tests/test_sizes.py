@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import families
 import tiny
 from conftest import ROOT
-from espalier import sizes
+from espalier import checkpoints, sizes
 from espalier.errors import UserError
 from espalier.study import Study
 
@@ -200,3 +202,21 @@ def test_script_says_what_is_wrong_with_the_study(tmp_path, content, message):
     assert run.returncode == 1
     assert message in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+def test_a_tied_weight_that_a_file_holds_twice_counts_once(tmp_path):
+    """As many published checkpoints do; the size of a dense model and that of its pruned children must agree."""
+    from safetensors.torch import load_file, save_file
+
+    model = families.tiny("qwen3", tie_word_embeddings=True)
+    source, pointer = tmp_path / "source", tmp_path / "pointer"
+    model.save_pretrained(source)
+    stored = load_file(source / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    pointer.mkdir()
+    reference = dict.fromkeys(("id", "revision")) | {"path": str(source), "task": "causal-lm", "dtype": "auto"}
+    checkpoints.refer(pointer, {**reference, "trust_remote_code": False})
+    described = checkpoints.describe(pointer)
+    assert described["parameters"] == checkpoints.logical_parameters(model) < sum(map(torch.numel, stored.values()))
+    assert described["bits"] == 32

@@ -100,6 +100,31 @@ def test_weights_that_are_not_numbers_are_refused():
         streaming.BlockStream(model, WINDOWS, "cpu", batch_size=5)
 
 
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (torch.zeros(1, 65, dtype=torch.long), "windows have 65 tokens, and the model reads 64 at most"),
+        (torch.tensor([[5, VOCABULARY]]), f"gives the token {VOCABULARY}, and the model knows {VOCABULARY}"),
+    ],
+)
+def test_windows_that_the_model_cannot_read_are_refused(windows, message):
+    with pytest.raises(UserError, match=message):
+        streaming.BlockStream(tiny("opt"), windows, "cpu", batch_size=1)
+
+
+def test_logits_of_few_windows_are_there_at_once(monkeypatch):
+    """What a loss needs grows with the vocabulary, so it does not grow with the batch."""
+    model = tiny("llama")
+    stream = streaming.BlockStream(model, WINDOWS, "cpu", batch_size=5)
+    hidden = stream.enter()
+    whole = stream.losses(hidden)
+    monkeypatch.setattr(streaming, "LOSS_TOKENS", 25)  # two windows of 12
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    torch.testing.assert_close(stream.losses(hidden), whole)
+    assert sizes == [2, 2, 1]
+
+
 def test_gradients_need_single_samples():
     with pytest.raises(ValueError, match="sample by sample"):
         next(streaming.gradients(streaming.BlockStream(tiny("llama"), WINDOWS, "cpu", batch_size=5)))

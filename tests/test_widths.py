@@ -16,7 +16,7 @@ from espalier.models import widths
 from espalier.models.anatomy import keep, parts_of
 from espalier.models.input_moments import Moments
 from espalier.models.widths import Width
-from espalier.prune import flap, llm_pruner, wanda_sp
+from espalier.prune import depth, flap, llm_pruner, wanda_sp
 from width_cases import calibration, parent, random_ids
 
 
@@ -141,8 +141,15 @@ def test_thirteen_billion_parameters_fit_into_24_gb():
         model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
     block = sum(weight.numel() for weight in model.model.layers[0].parameters())
     text = Text(Dataset("words", "local", path="."), "train")
-    for method, samples, copies in [(flap, 1024, 2), (wanda_sp, 128, 2), (llm_pruner, 10, 20)]:
-        recipe = method.Recipe(Calibration(text, samples=samples, length=128), ratio=0.2)
+    for method, samples, length, copies in [
+        (flap, 1024, 128, 2),
+        (flap, 1024, 2048, 2),
+        (wanda_sp, 128, 128, 2),
+        (llm_pruner, 10, 128, 16),
+        (depth, 10, 128, 2),
+        (depth, 128, 2048, 2),
+    ]:
+        recipe = method.Recipe(calibration=Calibration(text, samples=samples, length=length), ratio=0.2)
         assert copies * block < method.peak_bytes(model, recipe) < 24e9
 
 

@@ -62,6 +62,12 @@ def save(
 
     `info` may be the parent's with changes; `storage` says what `STORAGE` names, where it is not plain transformers.
     """
+    if model.can_generate():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            # Published models set a temperature without saying that they sample; saving it as it is would be refused.
+            model.generation_config.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_description(folder, {**inherited(info), "bits": 8 * model.dtype.itemsize, **storage})
@@ -99,15 +105,17 @@ def refer(folder: Path, reference: dict) -> dict:
             f"{source} holds no safetensors weights; other formats can run code when loaded and are refused."
         )
     sizes = [_sizes(file) for file in weights]
-    parameters = sum(count for count, _ in sizes)
+    stored = sum(count for count, _ in sizes)
     info = {
         **{key: reference[key] for key in ("id", "revision", "task", "dtype", "trust_remote_code")},
         "format": "reference",
         "path": str(source) if reference["path"] else None,
-        "parameters": parameters,
-        "bits": 8 * sum(size for _, size in sizes) / parameters,
+        "parameters": stored,
+        "bits": 8 * sum(size for _, size in sizes) / stored,
     }
     write_description(folder, info)
+    # The files may hold a tied weight twice, and buffers.
+    write_description(folder, {**info, "parameters": logical_parameters(skeleton(folder))})
     return {"sha256": {file.name: _sha256(file) for file in weights}}
 
 

@@ -136,9 +136,11 @@ def local_file(dataset: Dataset, split: str, config: str | None) -> Path:
 def _local_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
     file = local_file(dataset, split, config)
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Only a line feed ends a line: JSON text may hold other characters at which splitlines() cuts, such as U+2028.
+    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
-            rows.append(json.loads(line))
+            if line:
+                rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {number}, is not valid JSON ({error.msg}).") from None
     return rows

@@ -8,6 +8,7 @@ tuple and unions of these. An int is accepted where a float is asked for, and no
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 from espalier.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 @cache
@@ -94,9 +96,8 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         }
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads "1e-4" as text: the one slip that every author of a config makes.
-        raise UserError(f"{where}: expected a number, found the text '{value}' (YAML needs a dot: write 1.0e-4).")
+    if kind is float and isinstance(value, str) and EXPONENT.fullmatch(value):
+        return float(value)  # YAML 1.1 reads 4.9e9 and 1e-4 as text: it wants a dot and a sign
     expected = type(None) if kind is None else kind
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{where}: expected {_name(expected)}, found {_say(value)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +79,17 @@ class Study:
         """Return whether a workload measures time: then its jobs must share the machine with no other."""
         return plugins.load("profile", self.step("workloads", workload).method).TIMED
 
+    def processes(self, name: str, resources: Mapping) -> int:
+        """Return how many processes share the training of a recipe: one a GPU asked for, if its method can divide it.
+
+        GPUs are asked for by the resource `gpu`, or by Slurm's `gres`, such as "gpu:4" or "gpu:a100:4".
+        """
+        step = self.step("recipes", name)
+        module = plugins.load(step.kind, step.method)
+        if not hasattr(module, "processes"):
+            return 1
+        return module.processes(step.recipe, max(1, resources.get("gpu", 0), _gpus(resources.get("gres", ""))))
+
     def generated(self, dataset: str) -> str:
         """Return the recipe of a generated dataset as JSON."""
         from espalier.recipes import as_dict
@@ -86,8 +97,11 @@ class Study:
         return json.dumps(as_dict(self.resolved.generated[dataset]), sort_keys=True)
 
     def data(self, section: str, name: str) -> list[str]:
-        """Return the folders of generated datasets that a recipe reads."""
-        return sorted({found["path"] for found in _datasets(self.step(section, name).content)})
+        """Return the folders of generated datasets that a recipe reads, and what its method says it `reads`."""
+        step = self.step(section, name)
+        module = plugins.load(step.kind, step.method)
+        files = module.reads(step.recipe) if hasattr(module, "reads") else []
+        return sorted({found["path"] for found in _datasets(step.content)} | set(files))
 
     def reference(self, model: str) -> str:
         """Return where a model of the hub or a local folder is, as JSON, with a fingerprint of a local one."""
@@ -215,6 +229,12 @@ class Study:
                 )
             task = getattr(module, "GIVES", task)
         return task
+
+
+def _gpus(gres: str) -> int:
+    """Return the number of GPUs in Slurm's list of generic resources, of NAME, NAME:COUNT and NAME:TYPE:COUNT."""
+    found = (one.split(":") for one in gres.split(","))
+    return sum(int(parts[-1]) if parts[-1].isdigit() else 1 for parts in found if parts[0] == "gpu")
 
 
 def _datasets(node: Any) -> Iterable[dict]:

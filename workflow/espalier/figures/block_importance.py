@@ -18,7 +18,7 @@ from espalier.figures import MEASURED, ORIGIN_COLUMNS, Need, style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 SAMPLES = True  # `measured` gets the raw results: scores are samples of a step, and not in metrics.csv
 STEP = "depth"  # the method whose steps it plots
@@ -30,6 +30,7 @@ LABELS = {
     "random": "Random number",
 }
 KEPT, REMOVED = "#B8C4D6", "#2C6FBB"
+FAR = 5  # a score beyond this many medians would press all others flat: its bar is cut off and says its height
 COLUMNS = (
     *("panel", "chain", "seed", "criterion", "block", "score", "removal", "score_at_removal", "outcome"),
     *ORIGIN_COLUMNS,
@@ -115,6 +116,8 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         footer = style.footer_lines(points, [], note, column="panel")
         scored = points["score"].notna().any()
         footer.append("Numbers: the order of removal." + ("" if scored else " The scores were not published."))
+        if scored:
+            footer.append("Axes start near the lowest score; a bar with an arrow goes on to the score written in it.")
         handles = [Patch(facecolor=REMOVED, label="removed"), Patch(facecolor=KEPT, label="kept")]
         if points["score_at_removal"].notna().any():
             footer.append("Dots: the score at which a block went, in the scan before its removal.")
@@ -123,35 +126,36 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
 
 
 def _draw_panel(axes: Axes, points: DataFrame, blocks: int) -> None:
+    removal, at_removal = (points[name].astype("float64") for name in ("removal", "score_at_removal"))
     scores = points["score"].astype("float64")
     scored = scores.notna().any()
-    heights = scores if scored else points["removal"].notna().astype("float64")
-    colours = [KEPT if math.isnan(place) else REMOVED for place in points["removal"].astype("float64")]
-    axes.bar(points["block"], heights.fillna(0), 0.8, color=colours)
-    for block, height, place in zip(points["block"], heights, points["removal"].astype("float64"), strict=True):
-        if not math.isnan(place):
-            axes.annotate(
-                f"{place:.0f}",
-                (block, height),
-                (0, 1),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=6.5,
-            )
-    at_removal = points["score_at_removal"].astype("float64")
+    heights = scores.fillna(0) if scored else removal.notna().astype("float64")
+    low, high = _limits(scores, at_removal) if scored else (0.0, 1.3)
+    axes.bar(points["block"], heights, 0.8, color=[KEPT if math.isnan(place) else REMOVED for place in removal])
     axes.plot(points["block"], at_removal, linestyle="none", marker="o", markersize=3, color=style.VERMILION)
-    axes.set(xlabel="Block", xlim=(-0.7, blocks - 0.3))
+    for block, height, dot, place in zip(points["block"], heights, at_removal, removal, strict=True):
+        if height > high:
+            _write(axes, f"{style.number_label(height)} ↑", block, 0.86 * high + 0.14 * low, -2)
+        if not math.isnan(place):
+            _write(axes, f"{place:.0f}", block, min(high, max(height, 0.0 if math.isnan(dot) else dot)), 2)
+    axes.set(xlabel="Block", xlim=(-0.7, blocks - 0.3), ylim=(low, high))
     axes.locator_params(axis="x", integer=True)
-    if not scored:
-        axes.set(yticks=[], ylim=(0, 1.3))
+    if scored:
+        criterion = points["criterion"].iloc[0]
+        axes.set_ylabel(LABELS.get(criterion, criterion))
+    else:
+        axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        return
-    axes.set_ylabel(LABELS.get(points["criterion"].iloc[0], points["criterion"].iloc[0]))
-    positive = scores[scores > 0]
-    if len(positive) and positive.max() > 30 * positive.min():
-        axes.set_yscale("log")
-    elif len(positive):
-        # The smallest score decides, so the axis starts near it; how far the bars differ is what matters.
-        low, high = scores.min(), max(scores.max(), at_removal.max() if at_removal.notna().any() else 0)
-        axes.set_ylim(max(0.0, low - 0.35 * (high - low)), high + 0.15 * (high - low or high))
+
+
+def _limits(scores: Series, at_removal: Series) -> tuple[float, float]:
+    """Return the ends of the score axis: from near the lowest, past all that is not far from the rest."""
+    near = scores[scores <= FAR * scores.median()]
+    low, high = near.min(), max([near.max(), *at_removal.dropna()])
+    reach = (high - low) or abs(high) or 1.0
+    return max(0.0, low - 0.35 * reach), high + 0.2 * reach
+
+
+def _write(axes: Axes, text: str, block: int, height: float, offset: int) -> None:
+    look = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5}
+    axes.annotate(text, (block, height), (0, offset), va="bottom" if offset > 0 else "top", **look)

@@ -242,7 +242,7 @@ def _shaded(points: DataFrame) -> Iterator[tuple[str, float, DataFrame]]:
         found = points[points["series"] == name].sort_values("parameters", ascending=False, kind="stable")
         lines = [line for _, line in found.groupby("chain", sort=False, dropna=False)]
         for place, line in enumerate(lines):
-            yield name, 1.0 - 0.7 * place / max(1, len(lines)), line
+            yield name, 1.0 - 0.75 * place / max(1, len(lines) - 1), line
 
 
 def _rank(place: int, count: int, series: str) -> tuple:

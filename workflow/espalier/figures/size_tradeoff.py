@@ -148,7 +148,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         footer = style.footer_lines(points, list(SERIES), note)
         if accuracy["value"].notna().any():
             lower, highest = _lower_limit(accuracy), _highest(accuracy)
-            right.set_ylim(lower, highest + 0.14 * (highest - lower))
+            right.set_ylim(lower, highest + 0.16 * (highest - lower))
             if lower:
                 footer.append(f"The accuracy axis starts at {lower:g}%.")
         if accuracy["error"].notna().any():
@@ -164,7 +164,8 @@ def _draw_bars(axes, points: DataFrame) -> None:
         style.say_empty(axes, "No results")
         return
     axes.grid(axis="y")
-    width = 0.8 / max(2, *(len(group) for group in groups))
+    most = max(2, *(len(group) for group in groups))
+    width = (0.8 if most < 4 else 0.9) / most
     for position, group in enumerate(groups):
         rows = sorted(group.to_dict("records"), key=lambda row: list(SERIES).index(row["series"]))
         for slot, row in enumerate(rows):
@@ -191,6 +192,7 @@ def _draw_bars(axes, points: DataFrame) -> None:
                 textcoords="offset points",
                 ha="center",
                 va="bottom",
+                rotation=0 if most < 3 else 90,  # beside each other they would overlap
                 fontsize=6 if len(points) > 14 else 7,
             )
     axes.set_xticks(range(len(groups)), [_size_label(group) for group in groups])

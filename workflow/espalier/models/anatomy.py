@@ -107,8 +107,14 @@ def layout_of(config: PreTrainedConfig) -> Layout:
 
 
 def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """Return the model's transformer blocks, the first one first; raises UserError for an unsupported architecture."""
+    """Return the model's transformer blocks, the first one first.
+
+    Raises UserError for an unsupported architecture, and for heads that key/value heads do not divide.
+    """
     model_type(model.config)
+    heads, shared = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", None)
+    if shared and heads % shared:
+        raise UserError(f"{heads} query heads cannot be shared out evenly over {shared} key/value heads.")
     return model.get_decoder().layers
 
 
@@ -119,16 +125,10 @@ def parts_of(model: PreTrainedModel) -> list[Parts]:
     for block in blocks_of(model):
         query = block.get_submodule(layout.query)
         attention = block.get_submodule(layout.query.rpartition(".")[0])
-        key = block.get_submodule(layout.key)
-        if query.out_features % key.out_features:
-            raise UserError(
-                f"{query.out_features // attention.head_dim} query heads cannot be shared out evenly over"
-                f" {key.out_features // attention.head_dim} key/value heads."
-            )
         found.append(
             Parts(
                 query=query,
-                key=key,
+                key=block.get_submodule(layout.key),
                 value=block.get_submodule(layout.value),
                 output=block.get_submodule(layout.output),
                 up=[block.get_submodule(name) for name in layout.up],

@@ -38,7 +38,8 @@ def magnitude(stream: BlockStream, candidates: Sequence[int], draw: Random) -> S
     scores = {}
     for block in progress(candidates, "scoring blocks"):
         weights = (weight.detach().to(stream.device) for weight in _matrices(stream.blocks[block]).values())
-        scores[block] = sum(weight.abs().sum(dtype=torch.float64).item() for weight in weights)
+        # Row by row: summing a matrix in float64 would make a copy of it in float64.
+        scores[block] = sum(weight.abs().sum(1, dtype=torch.float32).double().sum().item() for weight in weights)
     return Scan(scores)
 
 
@@ -82,9 +83,11 @@ def perplexity(stream: BlockStream, candidates: Sequence[int], draw: Random) -> 
                     waiting[without] = stream.run(block, hidden)
             if block in candidates:
                 waiting[block] = before
-        found = {
-            without: stream.losses(hidden).mean(dtype=torch.float64).exp().item() for without, hidden in waiting.items()
-        }
+        with stream.surroundings():
+            found = {
+                without: stream.losses(hidden).mean(dtype=torch.float64).exp().item()
+                for without, hidden in waiting.items()
+            }
     return Scan({block: found[block] for block in candidates}, found[None])
 
 
@@ -139,9 +142,10 @@ class Criterion:
         if calibration is None:
             return max(sum(weight.nbytes for weight in block.parameters()) for block in blocks_of(model))
         if not self.gradients:
-            return footprint.peak_bytes(model, calibration, batch_size, copies=1, itemsize=itemsize)
-        # Of a block: weights, gradient of a sample, means of gradients and of their squares, products of the scores.
-        return footprint.peak_bytes(model, calibration, 1, copies=5, itemsize=max(4, itemsize))
+            losses = self.score is perplexity
+            return footprint.peak_bytes(model, calibration, batch_size, copies=1, itemsize=itemsize, losses=losses)
+        # Of a block: weights, gradient of a sample, means of gradients and of their squares.
+        return footprint.peak_bytes(model, calibration, 1, copies=4, itemsize=max(4, itemsize), losses=True)
 
 
 CRITERIA = {

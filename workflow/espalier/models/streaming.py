@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LOSS_TOKENS = 2048  # tokens (or one window, if that is longer) whose logits are there at once
+
+
 class BlockStream:
     """The blocks of `model` (on the CPU), run on `device`, `batch_size` samples at once.
 
-    `dtype` is that in which they compute; None: that of the weights. `windows` are token ids, samples × length.
-    Raises UserError if a weight is not a finite number.
+    `dtype` is that in which they compute; None: that of the weights. `windows` are token ids, samples × length. Blocks
+    may be removed from the model between two passes. Raises UserError for weights that are not finite numbers, and for
+    windows that the model cannot read.
     """
 
     def __init__(
@@ -36,10 +40,14 @@ class BlockStream:
         dtype: torch.dtype | None = None,
     ):
         self.model, self.windows, self.device, self.batch_size, self.dtype = model, windows, device, batch_size, dtype
-        self.blocks = blocks_of(model)
         self.evaluations = 0  # blocks run, each on all samples
         self._arguments: dict[int, list[dict]] = {}  # batch size → what the model gives each block beside its input
         check_finite(model)
+        check_windows(model, windows)
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        return blocks_of(self.model)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -49,21 +57,19 @@ class BlockStream:
         import torch
 
         hidden = []
-        with torch.no_grad(), self._surroundings():
+        with torch.no_grad(), self.surroundings():
             for batch in self.windows.split(self.batch_size):
                 seen: list[dict] = []
-                entered: list[torch.Tensor] = []
 
-                def record(states, *, seen=seen, entered=entered, **arguments):
+                def record(states, *, seen=seen, **arguments):
                     if not seen:
-                        entered.append(states.cpu())
+                        hidden.append(states.cpu())
                     seen.append(arguments)
                     return states
 
                 with self._replaced(lambda index, record=record: record):
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
-                self._arguments.setdefault(len(batch), seen)
-                hidden += entered
+                    self.model(input_ids=batch.to(self.device), use_cache=False, logits_to_keep=1)
+                self._arguments[len(batch)] = seen
         return torch.cat(hidden)
 
     @contextlib.contextmanager
@@ -76,11 +82,12 @@ class BlockStream:
         """Return the hidden states behind block `index`, which must be resident; both are on the CPU."""
         import torch
 
-        outputs = []
-        for batch in hidden.split(self.batch_size):
-            outputs.append(self.blocks[index](batch.to(self.device), **self.arguments(index, len(batch))).cpu())
+        behind, block = torch.empty_like(hidden), self.blocks[index]
+        with torch.no_grad():
+            for batch, place in zip(hidden.split(self.batch_size), behind.split(self.batch_size), strict=True):
+                place.copy_(block(batch.to(self.device), **self.arguments(index, len(batch))))
         self.evaluations += 1
-        return torch.cat(outputs)
+        return behind
 
     def arguments(self, index: int, samples: int = 1) -> dict:
         """Return what the model gives block `index` beside its input, for a batch of `samples`; `enter` first."""
@@ -90,9 +97,8 @@ class BlockStream:
         """Return each sample's mean next-token loss (nats, float32, on the CPU) from what is behind the last block."""
         import torch
 
-        with torch.no_grad(), self._surroundings():
-            batches = zip(hidden.split(self.batch_size), self.windows.split(self.batch_size), strict=True)
-            return torch.cat([self._losses(states.to(self.device), ids).cpu() for states, ids in batches])
+        with torch.no_grad(), self.surroundings():
+            return torch.cat([self._losses(states, ids).cpu() for states, ids in self._for_losses(hidden)])
 
     def loss_gradients(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the gradient of each sample's loss with respect to what is behind the last block, on the CPU."""
@@ -100,24 +106,29 @@ class BlockStream:
 
         slopes = []
         # The backward pass needs the weights where the forward pass had them: batch by batch, before they go home.
-        with self._surroundings(), torch.enable_grad():
-            for states, ids in zip(hidden.split(self.batch_size), self.windows.split(self.batch_size), strict=True):
-                states = states.detach().to(self.device).requires_grad_()
+        with self.surroundings(), torch.enable_grad():
+            for states, ids in self._for_losses(hidden):
+                states = states.detach().requires_grad_()
                 slopes.append(torch.autograd.grad(self._losses(states, ids).sum(), states)[0].cpu())
         return torch.cat(slopes)
+
+    def surroundings(self) -> contextlib.AbstractContextManager[None]:
+        """Hold all but the blocks on the device: embeddings, final norm, head. What is there already is not moved."""
+        inside = {id(one) for one in _tensors(self.blocks)}
+        return _moved([one for one in _tensors(self.model) if id(one) not in inside], self.device, self.dtype)
+
+    def _for_losses(self, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        few = max(1, LOSS_TOKENS // self.windows.shape[1])
+        for states, ids in zip(hidden.split(few), self.windows.split(few), strict=True):
+            yield states.to(self.device), ids.to(self.device)
 
     def _losses(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import cross_entropy
 
-        ids = ids.to(self.device)
         with self._replaced(lambda index: lambda given, **_: states if index == 0 else given):
             logits = self.model(input_ids=ids, use_cache=False).logits
         each = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         return each.view(len(ids), -1).mean(1)
-
-    def _surroundings(self) -> contextlib.AbstractContextManager[None]:
-        inside = {id(one) for one in _tensors(self.blocks)}
-        return _moved([one for one in _tensors(self.model) if id(one) not in inside], self.device, self.dtype)
 
     @contextlib.contextmanager
     def _replaced(self, instead: Callable[[int], Callable]) -> Iterator[None]:
@@ -150,8 +161,7 @@ def gradients(stream: BlockStream) -> Iterator[tuple[int, dict[str, tuple[torch.
     for index in reversed(range(len(stream))):
         with stream.resident(index) as block:
             weights = {name: one.detach().requires_grad_() for name, one in block.named_parameters()}
-            first = {name: torch.zeros_like(one) for name, one in weights.items()}
-            second = {name: torch.zeros_like(one) for name, one in weights.items()}
+            means = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in weights.items()}
             entered, below = inputs.pop(), []
             for sample, slope in zip(entered.split(1), above.split(1), strict=True):
                 sample = sample.to(stream.device).requires_grad_()
@@ -159,10 +169,14 @@ def gradients(stream: BlockStream) -> Iterator[tuple[int, dict[str, tuple[torch.
                     left = torch.func.functional_call(block, weights, (sample,), stream.arguments(index))
                 grads = torch.autograd.grad(left, [sample, *weights.values()], slope.to(stream.device))
                 below.append(grads[0].cpu())
-                for name, grad in zip(weights, grads[1:], strict=True):
-                    first[name] += grad / len(above)
-                    second[name] += grad.square() / len(above)
-            yield index, {name: (first[name], second[name]) for name in weights}
+                for (first, second), grad in zip(means.values(), grads[1:], strict=True):
+                    first.add_(grad, alpha=1 / len(above))
+                    second.addcmul_(grad, grad, value=1 / len(above))
+                del left, grads, grad
+            yield index, means
+            # Who got the mapping may hold it until the next one comes, and its tensors are as large as the block.
+            means.clear()
+            del weights, first, second
         above = torch.cat(below)
 
 
@@ -173,6 +187,21 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(f"The weight {name} of the model holds NaN or infinite numbers; it cannot be pruned.")
+
+
+def check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Raise UserError for windows that are longer than the model reads, or whose tokens it does not have."""
+    if not windows.numel():
+        return
+    longest, known = model.config.max_position_embeddings, model.get_input_embeddings().num_embeddings
+    if windows.shape[1] > longest:
+        raise UserError(
+            f"The calibration windows have {windows.shape[1]} tokens, and the model reads {longest} at most."
+        )
+    if int(windows.max()) >= known:
+        raise UserError(
+            f"The tokenizer gives the token {int(windows.max())}, and the model knows {known}: they do not go together."
+        )
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ The shapes in reference/shapes are the architecture's numbers of published confi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -43,6 +44,11 @@ class Recipe:
             raise ValueError("'config' must say the 'model_type', such as llama.")
         if self.layers is not None and self.layers < 1:
             raise ValueError("'layers' must be at least 1.")
+
+
+def reads(recipe: Recipe) -> list[str]:
+    """Return the files whose content the recipe refers to: an edit to the shape makes the model anew."""
+    return [os.path.relpath(SHAPES / f"{recipe.shape}.json")] if recipe.shape else []
 
 
 def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:

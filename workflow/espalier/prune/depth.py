@@ -113,13 +113,14 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     count = blocks_to_remove(checkpoints.skeleton(parent), recipe)
     checkpoint = checkpoints.load(parent, device="cpu")
     model, criterion, draw = checkpoint.model, CRITERIA[recipe.criterion], Random(f"depth-{seed}")
+    stream = criterion.stream(model, windows, device, recipe.batch_size)
     may_go, there = set(_sizes(model, recipe)), list(range(len(blocks_of(model))))  # numbers as in the parent
     removed: list[int] = []
     scans: list[dict[int, float]] = []
     perplexities: list[float | None] = []
     for _ in range(count if recipe.schedule == "greedy" else 1):
         candidates = [place for place, block in enumerate(there) if block in may_go]
-        scan = criterion.score(criterion.stream(model, windows, device, recipe.batch_size), candidates, draw)
+        scan = criterion.score(stream, candidates, draw)
         scores = {there[place]: score for place, score in scan.scores.items()}
         for block, score in scores.items():
             if not math.isfinite(score):

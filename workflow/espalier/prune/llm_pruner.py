@@ -77,12 +77,12 @@ def plan(model: PreTrainedModel, recipe: Recipe) -> bool:
 
 
 def peak_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Return the most bytes on the device, in 32 bits: a block's weights, and four more tensors of that size.
+    """Return the most bytes on the device, in 32 bits: a block's weights, and three more tensors of that size.
 
-    They are the gradient of a sample, the means of gradients and of their squares, and the terms of the scores.
+    They are the gradient of a sample, and the means of gradients and of their squares.
     """
     itemsize = max(4, model.dtype.itemsize)
-    return footprint.peak_bytes(model, recipe.calibration, 1, copies=5, itemsize=itemsize)
+    return footprint.peak_bytes(model, recipe.calibration, 1, copies=4, itemsize=itemsize, losses=True)
 
 
 def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
@@ -134,8 +134,8 @@ def _scores(stream: BlockStream, recipe: Recipe) -> widths.Scores:
         for block, means in progress(backwards, "scoring blocks, last first", len(stream) - min(wanted)):
             if block in wanted:
                 names = {weight: name for name, weight in stream.blocks[block].named_parameters()}
-                slopes = {weight: means[name] for weight, name in names.items()}
-                found[block] = importance(parts[block], slopes, recipe)
+                # No name of its own: it would hold the means while the next block's are made.
+                found[block] = importance(parts[block], {one: means[name] for one, name in names.items()}, recipe)
             if block == min(wanted):
                 break
     return {block: found[block] for block in wanted}

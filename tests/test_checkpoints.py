@@ -1,0 +1,25 @@
+"""Checkpoints that are saved are those that can be opened again."""
+
+from __future__ import annotations
+
+from transformers import GenerationConfig
+
+from espalier import checkpoints
+from tiny import llama
+
+
+def test_a_model_that_sets_a_temperature_and_does_not_say_that_it_samples_can_be_saved(tmp_path):
+    """As some published models do; transformers refuses to save such settings."""
+    checkpoint = checkpoints.load(llama(tmp_path / "parent"), "cpu")
+    checkpoint.model.generation_config.update(temperature=0.9, top_p=0.6)
+    (tmp_path / "child").mkdir()
+    checkpoints.save(checkpoint.model, checkpoint.tokenizer, tmp_path / "child", checkpoint.info)
+    saved = GenerationConfig.from_pretrained(tmp_path / "child")
+    assert (saved.temperature, saved.top_p, saved.do_sample) == (0.9, 0.6, True)
+
+
+def test_settings_that_are_valid_stay_as_they_are(tmp_path):
+    checkpoint = checkpoints.load(llama(tmp_path / "parent"), "cpu")
+    (tmp_path / "child").mkdir()
+    checkpoints.save(checkpoint.model, checkpoint.tokenizer, tmp_path / "child", checkpoint.info)
+    assert not GenerationConfig.from_pretrained(tmp_path / "child").do_sample
