@@ -83,6 +83,20 @@ def test_going_on_tokenizes_nothing_anew_and_reads_line_by_line(tmp_path):
     assert seen == words[10:12]
 
 
+def test_a_long_document_is_not_copied_for_each_of_its_windows(tmp_path):
+    text = text_of(tmp_path, ["blue " * 40, "red"])
+    windows = Windows(text, tiny.tokenizer(), 10)
+    expected = packed(["blue " * 40, "red"], 10, 30)
+    begun = windows.take(1)
+    held = windows.pending
+    assert begun + windows.take(15) == expected[:16]
+    assert windows.pending is held
+    assert len(held) == 201
+    assert windows.position()["pending"] == held[160:]
+    assert windows.take(14) == expected[16:]
+    assert len(windows.pending) < 220, "what was taken goes when the next document comes"
+
+
 def test_documents_of_the_hub_are_streamed(tmp_path, monkeypatch):
     """A stream of the datasets library, over files of this machine, stands for one of the hub."""
     import datasets

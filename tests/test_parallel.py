@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -17,12 +18,19 @@ from safetensors.torch import load_file
 
 import tiny
 from espalier import parallel
-from training_runs import arguments, data, recipe, report, run
+from espalier.errors import UserError
+from espalier.study import Study
+from training_runs import arguments, data, recipe, report, run, weights
 
 # A batch of one row leaves a process without any; one of five does not divide evenly.
+# With the larger norm some gradients are cut only if their size is wrong, to which AdamW alone is blind.
 CASES = {
     "lora": ("lora", {"dropout": 0.0}, {"micro_batch": 1}),
-    "sft": ("sft", {"weight_decay": 0.1}, {"micro_batch": 3, "gradient_checkpointing": True}),
+    "sft": (
+        "sft",
+        {"weight_decay": 0.1, "max_gradient_norm": 20.0},
+        {"micro_batch": 3, "gradient_checkpointing": True},
+    ),
     "one row": ("sft", {"batch_size": 1, "steps": 3}, {}),
 }
 
@@ -73,11 +81,62 @@ def test_a_state_goes_on_with_another_number_of_processes(parent, dataset, tmp_p
     same(tmp_path / "divided", tmp_path / "whole")
 
 
-def test_what_needs_one_process_says_so_once(parent, dataset, tmp_path):
+def test_two_processes_go_on_bit_for_bit(parent, dataset, tmp_path):
+    """Each has random numbers of its own for dropout, and each goes on with its own."""
+    whole = arguments(parent, recipe("lora", dataset), tmp_path / "whole")
+    code, said = run(whole, tmp_path / "log", 2)
+    assert code == 0, said
+    words = arguments(parent, recipe("lora", dataset), tmp_path / "again", "--save-every", "0")
+    code, said = run(words, tmp_path / "log", 2, kill=("after", 5))
+    assert code == -signal.SIGKILL, said
+    code, said = run(words, tmp_path / "log", 2)
+    assert code == 0, said
+    assert "going on after step 5," in said
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+    found, expected = report(tmp_path / "again"), report(tmp_path / "whole")
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_what_needs_one_process_says_so(parent, dataset, tmp_path):
     words = arguments(parent, recipe("lora", dataset, base="nf4"), tmp_path)
     code, said = run(words, tmp_path / "log", 2)
     assert code == 1
-    assert said.count("error: LoRA on weights in NF4 (QLoRA) runs in one process: leave --processes at 1") == 1
+    reason = "LoRA on weights in NF4 (QLoRA) runs in one process: leave --processes at 1"
+    assert said.count(f"error: {reason}") == said.count(f"error in process 1: {reason}") == 1
+
+
+def test_a_mistake_in_another_process_ends_that_one(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joined = []
+    monkeypatch.setattr(parallel, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *words, **more: joined.append((words, more)))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: joined.append("left"))
+    with pytest.raises(SystemExit, match=r"^error in process 1: No data\.$"), parallel.group("cpu"):
+        raise UserError("No data.")
+    assert joined == [(("gloo",), {"timeout": timedelta(hours=4)}), "left"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({}, 1),
+        ({"gpu": 0}, 1),
+        ({"gpu": 4}, 4),
+        ({"gres": "gpu"}, 1),
+        ({"gres": "gpu:4"}, 4),
+        ({"gres": "gpu:a100"}, 1),
+        ({"gres": "gpu:a100:4"}, 4),
+        ({"gres": "shard:8,gpu:h100:2"}, 2),
+    ],
+)
+def test_a_job_has_a_process_for_each_gpu_where_its_method_can_divide_the_training(demo_config, resources, expected):
+    lora = demo_config["recipes"]["lora"]
+    demo_config["recipes"]["in-4-bits"] = {**lora, "base": "nf4"}
+    study = Study(demo_config)
+    found = {name: study.processes(name, resources) for name in ("lora", "sft", "in-4-bits", "cola")}
+    assert found == {"lora": expected, "sft": expected, "in-4-bits": 1, "cola": 1}
 
 
 # The launcher, with processes that import nothing ---------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_weights_that_are_merged_are_nf4_codes_times_scales(parent):
     model = checkpoints.load(parent, "cpu").model
     weight = model.model.layers[1].mlp.down_proj.weight.detach().clone()
     head = model.lm_head.weight.detach().clone()
-    nf4.round_weights(model)
+    nf4.round_weights(model, "cpu")
     blocks, found = (one.detach().double().view(-1, 64) for one in (weight, model.model.layers[1].mlp.down_proj.weight))
     scales = blocks.abs().amax(1, keepdim=True)
     codes = torch.tensor(CODES, dtype=torch.float64)
@@ -99,6 +99,30 @@ def test_weights_that_are_merged_are_nf4_codes_times_scales(parent):
     assert not torch.equal(ratio, torch.ones_like(ratio))
     torch.testing.assert_close(found, nearest * scales * ratio, rtol=1e-4, atol=1e-6)
     assert torch.equal(model.lm_head.weight, head)
+
+
+def test_the_unpacked_model_is_made_in_main_memory_whatever_the_device(monkeypatch, parent, dataset):
+    loaded, rounded, load = [], [], checkpoints.load
+
+    def watched(folder, device, **options):
+        loaded.append(device)
+        return load(folder, "cpu", **options)
+
+    monkeypatch.setattr(checkpoints, "load", watched)
+    monkeypatch.setattr(nf4, "round_weights", lambda model, device: rounded.append(device))
+    lora.load(parent, recipe(dataset), "cuda", whole=True)
+    assert (loaded, rounded) == (["cpu"], ["cuda"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_are_rounded_on_the_device_and_come_back(parent):
+    models = {device: checkpoints.load(parent, "cpu").model for device in ("cpu", "cuda")}
+    for device, model in models.items():
+        nf4.round_weights(model, device)
+    for one, other in zip(models["cpu"].parameters(), models["cuda"].parameters(), strict=True):
+        assert other.device.type == "cpu"
+        torch.testing.assert_close(other, one)
 
 
 def test_bfloat16_result(monkeypatch, parent, dataset, tmp_path):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import pickle
 import runpy
+import shlex
 import signal
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
+from espalier import provenance, training_state
 from espalier.training_state import Saving
 from training_runs import METHODS, SCRIPT, arguments, data, recipe, report, run, start, weights
 
@@ -78,6 +85,23 @@ def test_sigterm_ends_it_after_a_step_with_a_state(parent, dataset, tmp_path):
     assert f"after step {len(state['losses'])} of 5000" in said
 
 
+def test_sigterm_to_all_processes_of_a_job_ends_in_a_state_and_a_farewell(parent, dataset, tmp_path):
+    """As a cluster sends it: to the rule's shell, tee, the launcher and two processes that train."""
+    words = arguments(parent, recipe("sft", dataset, steps=5000, validate_every=5000), tmp_path, *ALWAYS)
+    command = shlex.join([sys.executable, str(SCRIPT), *words, "--processes", "2"])
+    shell = ["bash", "-c", f"set -euo pipefail; trap '' TERM; {command} 2>&1 | tee {tmp_path / 'log'}"]
+    job = subprocess.Popen(shell, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "state/state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(60) == 1
+    said = (tmp_path / "log").read_text()
+    steps = len(torch.load(tmp_path / "state/state.pt", weights_only=True)["losses"])
+    for who in ("error", "error in process 1"):
+        assert f"{who}: Stopped by SIGTERM after step {steps} of 5000; the state is saved" in said
+
+
 def test_a_state_of_another_seed_is_not_resumed(parent, dataset, tmp_path):
     code, _ = run(arguments(parent, recipe("sft", dataset), tmp_path, *ALWAYS), tmp_path / "log", kill=("after", 2))
     assert code == -signal.SIGKILL
@@ -91,7 +115,7 @@ def test_a_state_of_another_seed_is_not_resumed(parent, dataset, tmp_path):
     assert weights(again) == weights(anew)
 
 
-KEY = {"recipe": "r", "seed": "0", "code": "c", "parent": "p"}
+KEY = {"recipe": "r", "seed": "0", "code": "c", "parent": "p", "packages": "v", "device": "cpu"}
 STATE = {"losses": [3.0, 2.5], "weights": {"w": torch.arange(4096.0)}}
 
 
@@ -126,11 +150,21 @@ def test_any_other_key_discards_it(saving, capsys, changed):
     assert not saving.file.exists()
 
 
+def of_another_kind(content: bytes) -> bytes:
+    """Return a state's archive in which a pickle names what is never loaded."""
+    old, new = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    with zipfile.ZipFile(new, "w") as archive:
+        for name in old.namelist():
+            archive.writestr(name, pickle.dumps(Path(), protocol=2) if name.endswith("data.pkl") else old.read(name))
+    return new.getvalue()
+
+
 DAMAGES = {
     "a flipped bit": lambda content: content[: len(content) // 2] + b"?" + content[len(content) // 2 + 1 :],
     "truncation": lambda content: content[: len(content) // 2],
     "nothing": lambda content: b"",
     "another file": lambda content: b"not a state",
+    "another pickle": of_another_kind,
 }
 
 
@@ -142,21 +176,38 @@ def test_a_damaged_state_is_discarded(saving, capsys, damage):
     assert not saving.file.exists()
 
 
+@pytest.mark.parametrize(
+    ("every", "took", "since", "due"),
+    [(600, 2, 599, False), (600, 2, 601, True), (600, 90, 899, False), (600, 90, 901, True), (0, 90, 1, True)],
+)
+def test_saving_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch, every, took, since, due):
+    now = [1000.0]
+    monkeypatch.setattr(training_state.time, "monotonic", lambda: now[0])
+    saving = Saving(tmp_path / "state", every, KEY)
+    monkeypatch.setattr(saving, "write", lambda *_: now.__setitem__(0, now[0] + took))
+    training_state.save(saving, "d", {}, {}, None)
+    now[0] += since
+    assert saving.asked() == (False, due)
+
+
 EDITS = {
-    "recipe": lambda given, parent: given.recipe.update(learning_rate=1.0e-3),
-    "seed": lambda given, parent: setattr(given, "seed", 1),
-    "code": lambda given, parent: given.recipe.update(tune="lora"),
-    "parent": lambda given, parent: os.utime(parent / "model.safetensors", (1, 1)),
+    "recipe": lambda given, patch: given.recipe.update(learning_rate=1.0e-3),
+    "seed": lambda given, patch: setattr(given, "seed", 1),
+    "code": lambda given, patch: given.recipe.update(tune="lora"),
+    "parent": lambda given, patch: os.utime(given.parent / "model.safetensors", (1, 1)),
+    "packages": lambda given, patch: patch.setattr(provenance, "PACKAGES", ("torch",)),
+    "device": lambda given, patch: setattr(given, "device", "cuda"),
 }
 
 
-def test_what_a_training_follows_from_is_in_its_key(dataset, tmp_path):
+def test_what_a_training_follows_from_is_in_its_key(dataset, tmp_path, monkeypatch):
     key_of = runpy.run_path(str(SCRIPT))["_saving"]
     parent = tiny.llama(tmp_path / "parent", hidden=32, layers=1)
     for name, edit in EDITS.items():
         given = argparse.Namespace(parent=parent, recipe=recipe("sft", dataset), seed=0, state=tmp_path, save_every=1)
+        given.device = "cpu"
         before = key_of(given).key
         assert key_of(given).key == before
-        edit(given, parent)
+        edit(given, monkeypatch)
         after = key_of(given).key
         assert {one for one in KEY if before[one] != after[one]} == ({"code", "recipe"} if name == "code" else {name})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from conftest import copy_project, environment, snakemake
 
@@ -114,6 +116,24 @@ def test_a_second_run_has_nothing_to_do(smoke):
     run = snakemake(smoke, "--cores", "2", *STUDY)
     assert run.returncode == 0
     assert "Nothing to be done" in run.stdout + run.stderr
+
+
+def test_more_gpus_are_more_processes_of_a_training_and_no_reason_to_train_again(smoke):
+    study = yaml.safe_load((smoke / "tests/smoke.yaml").read_text())
+    recipes = study["recipes"]
+    added = {"lora-2": recipes["lora"], "qlora": {**recipes["lora"], "base": "nf4"}, "cola-2": recipes["cola"]}
+    recipes.update(added)
+    study["measure"] += [
+        {"model": "tiny-llama", "chains": ["dense+lora-2", "dense+qlora"], "suites": ["heldout"]},
+        {"model": "tiny-bert", "chains": ["dense+cola-2"], "suites": ["glue-cola"]},
+    ]
+    (smoke / "more.yaml").write_text(yaml.safe_dump(study))
+    run = snakemake(smoke, "-n", "-p", "--configfile", "more.yaml", "--set-resources", "tune_model:gpu=2")
+    assert run.returncode == 0, run.stdout + run.stderr
+    commands = [line.strip() for line in run.stdout.splitlines() if "scripts/tune_model.py" in line]
+    assert all(": trap '' TERM; python " in one for one in commands)
+    found = {tuple(re.search(r"--processes (\d+) .*--name (\S+)", one).groups()) for one in commands}
+    assert found == {("2", "lora-2"), ("1", "qlora"), ("1", "cola-2")}
 
 
 def test_tables_and_charts_are_redrawn_identically_without_torch(smoke, without_torch):

@@ -79,7 +79,8 @@ class Windows:
     def __init__(self, text: Text, tokenizer: PreTrainedTokenizerBase, length: int):
         self.text, self.tokenizer, self.length = text, tokenizer, length
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.pending: list[int] = []
+        self.pending: list[int] = []  # tokens of documents that were begun
+        self.start = 0  # where the next window begins among them
         self.passes = 0  # ends of the data that were reached
         self._open(None)
 
@@ -96,10 +97,10 @@ class Windows:
     def position(self) -> dict:
         """Return where the next window begins, as plain values."""
         place = None if self.empty else self.documents.position()
-        return {"documents": place, "pending": list(self.pending), "passes": self.passes}
+        return {"documents": place, "pending": self.pending[self.start :], "passes": self.passes}
 
     def seek(self, position: dict) -> None:
-        self.pending, self.passes = list(position["pending"]), position["passes"]
+        self.pending, self.start, self.passes = list(position["pending"]), 0, position["passes"]
         self._open(position["documents"])
 
     def take(self, count: int) -> list[list[int]]:
@@ -114,11 +115,13 @@ class Windows:
         return taken
 
     def _next(self, once: bool = False) -> list[int]:
-        while len(self.pending) < self.length:
+        while len(self.pending) - self.start < self.length:
             document = next(self.iterator, None)
             if document is not None:
                 ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + self.end
                 self.empty = self.empty and not ids
+                del self.pending[: self.start]  # once a document: a long one is not copied for each of its windows
+                self.start = 0
                 self.pending += ids
             elif once:
                 return []
@@ -129,8 +132,8 @@ class Windows:
             else:
                 self.passes += 1
                 self._open(None)
-        window, self.pending = self.pending[: self.length], self.pending[self.length :]
-        return window
+        self.start += self.length
+        return self.pending[self.start - self.length : self.start]
 
 
 def _hub_stream(text: Text):

@@ -50,14 +50,17 @@ def load(parent: Path, device: str, **options) -> checkpoints.Checkpoint:
     return checkpoint
 
 
-def round_weights(model: PreTrainedModel) -> None:
-    """Replace the weights that `load` packs by the values that the packed ones stand for, in place."""
+def round_weights(model: PreTrainedModel, device: str) -> None:
+    """Replace the weights that `load` packs by the values that the packed ones stand for, in place.
+
+    They are computed on `device`, a layer at a time, as `load` computes them there; the model stays where it is.
+    """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for layer in _layers(model).values():
         weight = layer.weight.data
-        packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        layer.weight.data = dequantize_4bit(packed, state).to(weight.dtype)
+        packed, state = quantize_4bit(weight.to(device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        layer.weight.data = dequantize_4bit(packed, state).to(weight)
 
 
 def _layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:

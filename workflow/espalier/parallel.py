@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import UserError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 SECONDS_TO_END = 10.0  # given to the other processes when one has failed
+PATIENCE = timedelta(hours=4)  # for one another: process 0 may be writing a large state
 
 
 def launched() -> bool:
@@ -70,7 +72,10 @@ def _end(running: list[subprocess.Popen]) -> None:
 
 @contextlib.contextmanager
 def group(device: str) -> Iterator[None]:
-    """Join the other processes, if there are any, for the time of the block; `device` is cpu or cuda."""
+    """Join the other processes, if there are any, for the time of the block; `device` is cpu or cuda.
+
+    A UserError ends every process but the first here, with a line that says which process it was.
+    """
     if not launched():
         yield
         return
@@ -85,9 +90,13 @@ def group(device: str) -> Iterator[None]:
                 f" {torch.cuda.device_count()} GPUs: give --processes at most as many."
             )
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
+    except UserError as error:
+        if rank() > 0:
+            sys.exit(f"error in process {rank()}: {error}")
+        raise
     finally:
         torch.distributed.destroy_process_group()
 
@@ -115,7 +124,7 @@ def rank() -> int:
 def refuse(what: str) -> None:
     """Raise UserError where there are several processes."""
     if size() > 1:
-        raise UserError(f"{what} runs in one process: leave --processes at 1 (the resource gpu, in a cluster profile).")
+        raise UserError(f"{what} runs in one process: leave --processes at 1.")
 
 
 def loading_device(device: str) -> str:
@@ -190,6 +199,13 @@ def undivided(
             if name in trained:
                 one.copy_(trained[name])
     return made.eval()
+
+
+def number(tensor: torch.Tensor) -> float:
+    """Return the value of a tensor that holds one number, which may be divided."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).item()
 
 
 def total(values: list[float]) -> list[float]:

@@ -103,7 +103,7 @@ def provenance(started: float, device: str) -> dict:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": packages(),
         "python": platform.python_version(),
         "device": describe_device(device),
         "host": platform.node(),
@@ -111,6 +111,11 @@ def provenance(started: float, device: str) -> dict:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 3),
     }
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the libraries that results depend on, of those that are installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def describe_device(device: str) -> dict:

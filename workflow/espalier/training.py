@@ -175,8 +175,8 @@ def fit(
 
     A step's loss is the mean over its batch, weighted by the objective, however the batch is divided into micro-batches
     and processes. Returns the steps, the step kept, each step's loss and the validation losses. With `saving` it goes
-    on from a saved state; raises UserError when it was asked to stop. With several processes the model is divided
-    among them here, and stays so.
+    on from a saved state; raises UserError when it was asked to stop, and where a loss or a gradient is not finite.
+    With several processes the model is divided among them here, and stays so.
     """
     import torch
 
@@ -196,18 +196,21 @@ def fit(
     for step in bar if parallel.rank() == 0 else bar.iterable:
         rate = SCHEDULES[plan.schedule](step, plan.steps, min(plan.warmup, plan.steps))
         set_learning_rate(optimizer, plan.learning_rate * rate)
-        loss = backward(model, source.take(), objective, plan.micro_batch)
-        torch.nn.utils.clip_grad_norm_(weights, plan.max_gradient_norm)
+        [loss] = parallel.total([backward(model, source.take(), objective, plan.micro_batch)])
+        _check_finite(loss, "loss", step)
+        norm = torch.nn.utils.clip_grad_norm_(weights, plan.max_gradient_norm)
+        _check_finite(parallel.number(norm), "gradient's norm", step)  # before it reaches the weights and a state
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, stopped, due = parallel.total([loss, *(saving.asked() if saving else (False, False))])
         losses.append(round(loss, 5))
         bar.note(f"loss {losses[-1]:.3f}")
         if validation and ((step + 1) % plan.validate_every == 0 or step + 1 == plan.steps):
             found = mean_loss(model, validation, objective, plan.micro_batch)
+            _check_finite(found, "validation loss", step)
             if not validations or found < min(one["loss"] for one in validations):
                 best = {name: parallel.whole(one) for name, one in named.items()}
             validations.append({"step": step + 1, "loss": found})
+        stopped, due = parallel.total([*saving.asked()]) if saving else (False, False)
         if due or stopped:
             run = {"losses": losses, "validations": validations, "best": best, "position": source.position()}
             training_state.save(saving, data, run, named, optimizer)
@@ -223,14 +226,29 @@ def fit(
 
 
 def backward(model: PreTrainedModel, items: list, objective: Objective, micro_batch: int) -> float:
-    """Add the gradient of the mean loss of `items`; return this process's share of that loss."""
+    """Set the gradient of the mean loss of `items`, with none there before; return this process's share of that loss.
+
+    A token's share of a mean over thousands is below what float16 can hold. So the loss is scaled up on its way through
+    the model, to about a sum over tokens, and the gradients down again: by a power of two, which rounds nothing.
+    """
     total = sum(map(objective.weight, items))
+    scale = 2.0 ** math.floor(math.log2(total))
     loss_here = 0.0
     for part, factor in _parts(items, micro_batch):
         loss = factor * objective.loss(model, part, total)
-        loss.backward()
+        (scale * loss).backward()
         loss_here += loss.item()
+    for one in model.parameters():
+        if one.grad is not None:
+            one.grad.div_(scale)
     return loss_here
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"The {name} of step {step + 1} is {value}: lower 'learning_rate', or look for NaN in the parent's weights."
+        )
 
 
 def mean_loss(model: PreTrainedModel, items: Sequence, objective: Objective, micro_batch: int) -> float:

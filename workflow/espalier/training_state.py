@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
 import random
 import signal
 import sys
@@ -27,19 +28,21 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "state.pt"
+PAUSE = 10  # times what saving takes: it takes at most about a tenth of the time
 
 
 class Saving:
     """Where and how often a training saves itself; a context in which SIGTERM asks it to stop after its step.
 
-    `key` says by name what the training follows from (recipe, seed, code, parent): a state with another one is never
-    resumed. `every` is in seconds of wall time, so it changes no result.
+    `key` says by name what the training follows from (recipe, seed, code, parent …): a state with another one is never
+    resumed. `every` is in seconds of wall time, so it changes no result; it is stretched where saving takes long, but
+    not if it is 0, which is to save after each step.
     """
 
     def __init__(self, folder: Path, every: float, key: dict[str, str]):
         self.file, self.every, self.key = Path(folder) / FILE, every, key
         self.stopped = False
-        self.saved_at = time.monotonic()
+        self.saved_at, self.seconds = time.monotonic(), 0.0  # when the last state was written, and how long it took
 
     def __enter__(self) -> Saving:
         self.previous = signal.signal(signal.SIGTERM, self._stop)
@@ -53,7 +56,8 @@ class Saving:
 
     def asked(self) -> tuple[bool, bool]:
         """Return whether to stop, and whether it is time to save; only process 0's clock counts."""
-        return self.stopped, parallel.rank() == 0 and time.monotonic() - self.saved_at >= self.every
+        pause = max(self.every, PAUSE * self.seconds) if self.every else 0
+        return self.stopped, parallel.rank() == 0 and time.monotonic() - self.saved_at >= pause
 
     def read(self, data: str) -> dict | None:
         """Return the saved state of this very training on `data`; None, and a line that says why, if there is none."""
@@ -82,7 +86,16 @@ class Saving:
                 if archive.testzip() is not None:
                     return None
             return torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error):
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            zipfile.zlib.error,
+        ):
             return None
 
     def write(self, data: str, state: dict) -> None:
@@ -111,6 +124,7 @@ def save(
 ) -> None:
     """Save `run` (plain values, and tensors that are whole) with the weights `named`, what the optimizer holds of them,
     and the random number generators of all processes."""
+    started = time.monotonic()
     state = {
         **run,
         "weights": {name: parallel.whole(one) for name, one in named.items()},
@@ -125,6 +139,7 @@ def save(
         saving.write(data, state)
     parallel.from_first(None)  # no process goes on, or ends, before the state is written
     saving.saved_at = time.monotonic()
+    saving.seconds = saving.saved_at - started
 
 
 def resume(

@@ -29,9 +29,11 @@ rule tune_model:
         # Not an output: Snakemake removes outputs before a job, and what a killed training saved is to be found again.
         state=f"{RUN}/{{parent}}+{{recipe}}/training-state",
         # Depends on a resource, so Snakemake does not count it among the reasons to run a finished job again.
-        processes=lambda w, resources: max(1, resources.get("gpu", 0)),
+        processes=lambda w, resources: STUDY.processes(w.recipe, resources),
+    # A cluster sends SIGTERM to all processes of a job. The shell and tee outlive it, so that the training, which has a
+    # handler of its own, can save itself and say so.
     shell:
-        "python workflow/scripts/tune_model.py --parent {input.parent} --recipe {params.recipe:q}"
+        "trap '' TERM; python workflow/scripts/tune_model.py --parent {input.parent} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.model} --step {output.step} --state {params.state}"
         " --processes {params.processes} --study {params.study}"
         " --model-name {wildcards.model} --seed {wildcards.seed} --chain {wildcards.parent}+{wildcards.recipe}"

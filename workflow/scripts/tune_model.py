@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from espalier import checkpoints, cli, jobs, parallel, plugins, provenance
-from espalier.errors import UserError
 from espalier.training_state import Saving, digest, digest_of_weights
 
 
@@ -41,8 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         stack.enter_context(parallel.group(checkpoints.pick_device(arguments.device)))
         saving = stack.enter_context(_saving(arguments)) if arguments.state else None
         if parallel.rank() > 0:
-            with contextlib.suppress(UserError):  # process 0 meets the same and says so
-                jobs.assist("tune", arguments, saving=saving)
+            jobs.assist("tune", arguments, saving=saving)
             return
         jobs.step("tune", arguments, Path(__file__), saving=saving)
         if saving:
@@ -56,6 +54,8 @@ def _saving(arguments: argparse.Namespace) -> Saving:
         "seed": str(arguments.seed),
         "code": provenance.code_version(Path(__file__), [module]),
         "parent": digest_of_weights(arguments.parent),
+        "packages": digest(provenance.packages()),
+        "device": checkpoints.pick_device(arguments.device),
     }
     return Saving(arguments.state, arguments.save_every, key)
 

@@ -2,8 +2,8 @@
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`block_shapes` in the config says, for each block, the shape of every linear layer whose size or bias is not the
-original's: {"self_attn.q_proj": [in_features, out_features, has_bias]}. Such a class exists for every architecture of
+`block_shapes` in the config says, for each block, the shape of every linear layer that may differ from the original's:
+{"self_attn.q_proj": [in_features, out_features, has_bias]}. Such a class exists for every architecture of
 transformers whose blocks are `get_decoder().layers` and which reads the number of heads off its tensors or off
 `num_heads`; it is made when its name is asked for: PrunedLlamaForCausalLM, PrunedOPTConfig.
 """

@@ -81,6 +81,11 @@ def sample(window: list[int]) -> dict:
     return {"input_ids": window, "labels": [training.UNSEEN, *window[1:]]}
 
 
+def processes(recipe: Recipe, most: int) -> int:
+    """Return how many of `most` processes share the training: all."""
+    return most
+
+
 def apply(
     parent: Path, output: Path | None, recipe: Recipe, *, seed: int, device: str, saving: Saving | None = None
 ) -> dict:

@@ -72,6 +72,11 @@ class Recipe:
             raise ValueError("'targets' names no layer; leave it out for all linear layers of the blocks.")
 
 
+def processes(recipe: Recipe, most: int) -> int:
+    """Return how many of `most` processes share the training: weights in NF4 are not divided."""
+    return 1 if recipe.base == "nf4" else most
+
+
 def apply(
     parent: Path, output: Path | None, recipe: Recipe, *, seed: int, device: str, saving: Saving | None = None
 ) -> dict:
@@ -108,7 +113,7 @@ def apply(
     seconds = time.perf_counter() - started
 
     def fresh() -> PeftModel:
-        return adapted(load(parent, recipe, "cpu" if parallel.size() > 1 else device, whole=True).model, recipe, seed)
+        return adapted(load(parent, recipe, device, whole=True).model, recipe, seed)
 
     model = parallel.undivided(model, fresh, always=recipe.base == "nf4")
     if output is not None:
@@ -120,7 +125,10 @@ def apply(
 
 
 def load(parent: Path, recipe: Recipe, device: str, whole: bool = False) -> Checkpoint:
-    """Load the frozen base. NF4: its blocks' layers packed; with `whole`, the values that those stand for, unpacked."""
+    """Load the frozen base. NF4: its blocks' layers packed; with `whole`, the values that those stand for, unpacked.
+
+    A whole one lies in main memory, because the packed one is still on the device.
+    """
     import torch
 
     from espalier import checkpoints
@@ -132,8 +140,8 @@ def load(parent: Path, recipe: Recipe, device: str, whole: bool = False) -> Chec
 
     if not whole:
         return nf4.load(parent, device, **options)
-    checkpoint = checkpoints.load(parent, device, **options)
-    nf4.round_weights(checkpoint.model)
+    checkpoint = checkpoints.load(parent, "cpu", **options)
+    nf4.round_weights(checkpoint.model, device)
     return checkpoint
 
 

@@ -58,6 +58,11 @@ class Recipe:
             raise ValueError("'cutoff' must be at least 2, 'validation_samples' and 'warmup_steps' at least 0.")
 
 
+def processes(recipe: Recipe, most: int) -> int:
+    """Return how many of `most` processes share the training: all."""
+    return most
+
+
 def apply(
     parent: Path, output: Path | None, recipe: Recipe, *, seed: int, device: str, saving: Saving | None = None
 ) -> dict:
