@@ -83,6 +83,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("family", "work", "sets", "copies", "sizes", "samples", "length", "batch"), CASES)
 def test_what_a_stream_allocates_is_within_half_of_the_sum(family, work, sets, copies, sizes, samples, length, batch):
     """On a CPU nothing is moved; but a stream in float32 of 16-bit weights makes the copies a device would hold."""
@@ -111,6 +112,16 @@ METHODS = {
 }
 
 
+@pytest.fixture
+def one_thread():
+    """Matrix products of several threads take scratch memory, which a device would not hold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_says_is_what_it_takes(name, monkeypatch, tmp_path):
     """Where weights dominate: what is moved is copied, as it would be to a device, and counted until blocks go."""
