@@ -235,7 +235,7 @@ def token_loss(tokenizer: Fast) -> TokenLoss:
 
 
 def fit(model, tokenizer: Fast, train: list[dict], validation: list[dict], recipe: lora.Recipe) -> dict:
-    plan = lora.plan_of(recipe, len(train))
+    plan = training.plan_of(recipe, recipe.steps)
     rows = training.Rows(train, recipe.batch_size, plan.steps, seed=0)
     options = {"device": "cpu", "label": "steps", "validation": validation}
     return training.fit(model, rows, token_loss(tokenizer), plan, **options)

@@ -37,6 +37,12 @@ class Plan:
     validate_every: int = 1  # steps; the last step is always validated
 
 
+def plan_of(recipe: Any, steps: int) -> Plan:
+    """Return the plan of a recipe with the keys of `Plan`, but `warmup_steps` for warmup; what it lacks is default."""
+    named = {key: getattr(recipe, key) for key in Plan.__dataclass_fields__ if hasattr(recipe, key)}
+    return Plan(**{**named, "steps": steps, "warmup": recipe.warmup_steps})
+
+
 class Batches(Protocol):
     """Where the samples of each step come from; `position` is a plain value, to which `seek` goes back."""
 

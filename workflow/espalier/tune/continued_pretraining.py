@@ -104,7 +104,7 @@ def apply(
         checkpoint.model,
         Packed(windows, recipe.batch_size),
         TokenLoss(tokenizer.pad_token_id, device, recipe.autocast),
-        plan_of(recipe),
+        training.plan_of(recipe, recipe.steps),
         device=device,
         label="continued pretraining, steps",
         validation=validation,
@@ -132,18 +132,3 @@ def held_out(recipe: Recipe, tokenizer) -> list[dict]:
             f" window of {recipe.length} tokens: lower 'length' or leave 'validation' out."
         )
     return [sample(window) for window in found]
-
-
-def plan_of(recipe: Recipe) -> training.Plan:
-    """Return how the weights are trained."""
-    return training.Plan(
-        steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_gradient_norm=recipe.max_gradient_norm,
-        micro_batch=recipe.micro_batch,
-        schedule=recipe.schedule,
-        adam_beta2=recipe.adam_beta2,
-        validate_every=recipe.validate_every,
-    )

@@ -98,11 +98,12 @@ def apply(
     train, validation = instructions.split_rows(items, recipe.validation_samples, seed)
     model = adapted(checkpoint.model, recipe, seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    plan = plan_of(recipe, len(train))
+    steps = training.steps_of(len(train), recipe.batch_size, recipe.steps, recipe.epochs)
+    plan = training.plan_of(recipe, steps)
     started = time.perf_counter()
     report = training.fit(
         model,
-        training.Rows(train, recipe.batch_size, plan.steps, seed),
+        training.Rows(train, recipe.batch_size, steps, seed),
         TokenLoss(checkpoint.tokenizer.pad_token_id, device, recipe.autocast),
         plan,
         device=device,
@@ -143,19 +144,6 @@ def load(parent: Path, recipe: Recipe, device: str, whole: bool = False) -> Chec
     checkpoint = checkpoints.load(parent, "cpu", **options)
     nf4.round_weights(checkpoint.model, device)
     return checkpoint
-
-
-def plan_of(recipe: Recipe, rows: int) -> training.Plan:
-    """Return how the adapter is trained on so many rows."""
-    return training.Plan(
-        steps=training.steps_of(rows, recipe.batch_size, recipe.steps, recipe.epochs),
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_gradient_norm=recipe.max_gradient_norm,
-        micro_batch=recipe.micro_batch,
-        validate_every=recipe.validate_every,
-    )
 
 
 def adapted(model: PreTrainedModel, recipe: Recipe, seed: int) -> PeftModel:

@@ -76,11 +76,12 @@ def apply(
     items, dropped = instructions.examples(tokenizer, recipe)
     train, validation = instructions.split_rows(items, recipe.validation_samples, seed)
     trained = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    plan = plan_of(recipe, len(train))
+    steps = training.steps_of(len(train), recipe.batch_size, recipe.steps, recipe.epochs)
+    plan = training.plan_of(recipe, steps)
     started = time.perf_counter()
     report = training.fit(
         checkpoint.model,
-        training.Rows(train, recipe.batch_size, plan.steps, seed),
+        training.Rows(train, recipe.batch_size, steps, seed),
         TokenLoss(tokenizer.pad_token_id, device, recipe.autocast),
         plan,
         device=device,
@@ -92,18 +93,3 @@ def apply(
     full_training.save(checkpoint, output, recipe.dtype)
     counts = {"train_rows": len(train), "validation_rows": len(validation), "dropped_rows": dropped}
     return {**counts, "trained_parameters": trained, "seconds": round(seconds, 2), **report}
-
-
-def plan_of(recipe: Recipe, rows: int) -> training.Plan:
-    """Return how the weights are trained on so many rows."""
-    return training.Plan(
-        steps=training.steps_of(rows, recipe.batch_size, recipe.steps, recipe.epochs),
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_gradient_norm=recipe.max_gradient_norm,
-        micro_batch=recipe.micro_batch,
-        schedule=recipe.schedule,
-        adam_beta2=recipe.adam_beta2,
-        validate_every=recipe.validate_every,
-    )
