@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from espalier import checkpoints, gptq_loading, plugins, recipes
 from espalier.errors import UserError
-from espalier.models.anatomy import adopt, keep, parts_of
 from tiny import calibration, llama
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -166,40 +169,6 @@ def test_gptq_reads_a_reference_like_the_model_it_points_to(dense, made, samples
     assert capfd.readouterr().out == ""
 
 
-WIDTH_PRUNED = """
-import json, sys, torch
-from pathlib import Path
-from espalier import checkpoints, plugins, recipes
-parent, root, method, recipe = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-module = plugins.load("quantize", method)
-module.apply(parent, root, recipes.build(module.Recipe, recipe, "recipe"), seed=0, device="cpu")
-model = checkpoints.load(root, device="cpu").model
-with torch.no_grad():
-    torch.save((model.config.architectures, model(torch.arange(40)[None]).logits), root / "logits")
-"""
-
-
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
-def test_width_pruned_models_are_quantized(dense, samples, tmp_path, method):
-    """Blocks of different widths, in a process that meets them for the first time; at 8 bits little is lost."""
-    checkpoint = checkpoints.load(dense, device="cpu")
-    for parts, groups, neurons in zip(parts_of(checkpoint.model), ([0, 2], [3]), (32, 64), strict=True):
-        keep(parts, groups, range(neurons))
-    adopt(checkpoint.model)
-    parent, output = tmp_path / "parent", tmp_path / "output"
-    parent.mkdir()
-    output.mkdir()
-    checkpoints.save(checkpoint.model, checkpoint.tokenizer, parent, checkpoint.info)
-    recipe = {"bits": 8} | ({"group_size": 32, "calibration": samples} if method == "gptq" else {})
-    command = [sys.executable, "-c", WIDTH_PRUNED, str(parent), str(output), method, json.dumps(recipe)]
-    subprocess.run(command, check=True, capture_output=True)
-    architectures, logits = torch.load(output / "logits")
-    assert architectures == ["PrunedLlamaForCausalLM"]
-    with torch.no_grad():
-        before = checkpoint.model(torch.arange(40)[None]).logits
-    assert 1e-4 < (logits - before).norm() / before.norm() < 0.05
-
-
 def test_gptq_refuses_groups_that_do_not_divide_a_layer(dense, samples, tmp_path):
     with pytest.raises(UserError, match=r"down_proj .* maps 64 to 128 .* multiples of 128 .*group_size"):
         quantize(dense, tmp_path, "gptq", samples, bits=4, group_size=128)
@@ -209,6 +178,34 @@ def test_rows_that_blocks_of_four_bits_do_not_fill_are_refused_on_a_cpu(tmp_path
     parent = llama(tmp_path / "parent", mlp=96)
     with pytest.raises(UserError, match=r"down_proj .* has 96 input features; 4 bits need a multiple of 64 .*round_to"):
         quantize(parent, tmp_path, "bitsandbytes", None, bits=4)
+
+
+def test_a_kernel_of_the_gpu_is_refused_on_a_cpu_before_anything_is_loaded(dense, samples, tmp_path, monkeypatch):
+    from espalier import jobs
+
+    recipe = {"quantize": "gptq", "bits": 4, "group_size": 32, "calibration": samples, "kernel": "marlin"}
+    about = {"model_name": "m", "chain": "dense+q", "name": "q", "device": "cpu", "parent": dense, "recipe": recipe}
+    monkeypatch.setattr(checkpoints, "describe", None)
+    with pytest.raises(UserError, match="kernel 'marlin' needs 'device: cuda', and the device is cpu"):
+        jobs.step("quantize", argparse.Namespace(**about), None)
+
+
+def test_a_checkpoint_for_a_kernel_of_the_gpu_is_not_run_by_another_one(made, tmp_path):
+    folder, _ = made("gptq", bits=4)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    checkpoints.write_description(copy, {**checkpoints.describe(copy), "kernel": "marlin"})
+    with pytest.raises(UserError, match="copy is to run by the kernel 'marlin', which needs cuda, not cpu"):
+        checkpoints.load(copy, device="cpu")
+
+
+def test_the_fast_kernel_of_the_cpu_computes_the_same_in_bfloat16(dense, samples, made, tmp_path):
+    quantize(dense, tmp_path, "gptq", samples, bits=4, kernel="torch-aten")
+    plain, fast = (checkpoints.load(folder, device="cpu").model for folder in (made("gptq", bits=4)[0], tmp_path))
+    assert type(fast.model.layers[0].mlp.up_proj).__name__ == "TorchAtenLinear"
+    assert fast.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected, found = plain(torch.arange(40)[None]).logits, fast(torch.arange(40)[None]).logits
+    assert (found - expected).norm() / expected.norm() < 0.03
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
@@ -256,6 +253,23 @@ def test_nf4_model_computes_with_these_weights(dense, made):
         expected, logits = plain(torch.arange(40)[None]).logits, packed(torch.arange(40)[None]).logits
     # Some CPUs multiply in bfloat16.
     assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.skipif("avx512_bf16" not in Path("/proc/cpuinfo").read_text(), reason="CPU without AVX512-BF16")
+def test_weights_that_a_forward_pass_repacked_are_not_saved(dense, tmp_path):
+    """On such CPUs the first forward pass repacks 4-bit weights, and bitsandbytes saves damaged ones afterwards."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    loaded = checkpoints.load(dense, "cpu", quantization_config=config, device_map={"": "cpu"}, dtype="float32")
+    with torch.no_grad():
+        before = loaded.model(torch.arange(40)[None]).logits
+    with pytest.raises(ValueError, match=r"q_proj.weight was repacked by a forward pass; save a 4-bit model before"):
+        checkpoints.save(loaded.model, loaded.tokenizer, tmp_path / "refused", loaded.info, format="bitsandbytes")
+    assert not (tmp_path / "refused").exists()
+    # Without the refusal: if this ever passes on to the same logits, bitsandbytes was mended and it can go.
+    loaded.model.save_pretrained(tmp_path / "damaged")
+    with torch.no_grad():
+        after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")(torch.arange(40)[None]).logits
+    assert (after - before).norm() > 0.3 * before.norm()
 
 
 def test_int8_is_each_row_by_its_largest_magnitude(dense, made):

@@ -1,10 +1,13 @@
 """Checkpoints: folders that say themselves how they are loaded, and the one loader for every later stage.
 
 A checkpoint folder holds what its library writes (config.json, safetensors, tokenizer) and `espalier.json`:
-  format       transformers | bitsandbytes | gptqmodel | reference (a pointer to a local folder or a hub model)
+  format       transformers | bitsandbytes | gptqmodel | compressed-tensors | reference (a pointer to a local folder or
+               a hub model)
   task         causal-lm | masked-lm | sequence-classification
   parameters   logical number of parameters: quantization leaves it as it was
   bits         bits a weight of the transformer blocks
+  arithmetic   float | unpacked | integer | simulated: what products are computed in (docs/metrics.md); none is float
+  kernel       of gptqmodel: a name of gptq_loading.KERNELS, or auto
 A checkpoint without `espalier.json` is an ordinary transformers checkpoint.
 """
 
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import gptq_loading
+from espalier import gptq_loading, lowbit_loading
 from espalier.errors import UserError
 from espalier.files import read_json, write_json
 
@@ -33,7 +36,7 @@ TASKS = {
     "sequence-classification": "AutoModelForSequenceClassification",
 }
 # What a description says of how and where a checkpoint is stored, and not of the model.
-STORAGE = ("format", "path", "id", "revision", "dtype", "bits")
+STORAGE = ("format", "path", "id", "revision", "dtype", "bits", "arithmetic", "kernel")
 
 
 @dataclass
@@ -62,6 +65,10 @@ def save(
 
     `info` may be the parent's with changes; `storage` says what `STORAGE` names, where it is not plain transformers.
     """
+    for name, weight in model.named_parameters():
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            # bitsandbytes does so on CPUs with AVX512-BF16, and what it then saves is damaged.
+            raise ValueError(f"the weight {name} was repacked by a forward pass; save a 4-bit model before it")
     if model.can_generate():
         try:
             model.generation_config.validate(strict=True)
@@ -71,6 +78,13 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_description(folder, {**inherited(info), "bits": 8 * model.dtype.itemsize, **storage})
+
+
+def refuse_quantized(folder: Path, method: str) -> None:
+    """Raise UserError if a checkpoint's weights are quantized: `method` needs those that are not."""
+    found = describe(folder)["format"]
+    if found not in ("transformers", "reference"):
+        raise UserError(f"{folder} is quantized already ({found}): {method} needs an unquantized parent.")
 
 
 def inherited(info: dict) -> dict:
@@ -146,7 +160,8 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
     with _loading(source):
         know_pruned(source)
         if info["format"] == "gptqmodel":
-            model = gptq_loading.load(source, weights_dtype(folder), device, **options)
+            kernel = info.get("kernel", "auto")
+            model = gptq_loading.load(source, weights_dtype(folder), device, kernel, **options)
         else:
             model = _load_transformers(source, revision, TASKS[task], info, device, options)
     model.eval()
@@ -270,6 +285,8 @@ def _load_transformers(source, revision, auto_class: str, info: dict, device: st
     if info["format"] == "bitsandbytes":
         options["device_map"] = {"": device}
     loader = getattr(transformers, auto_class)
+    if info["format"] == "compressed-tensors":
+        return lowbit_loading.load(loader, source, device, **options)
     model = loader.from_pretrained(
         source, revision=revision, trust_remote_code=info.get("trust_remote_code", False), **options
     )

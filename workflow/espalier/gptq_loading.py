@@ -10,10 +10,30 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Kernel(NamedTuple):
+    """A way of GPTQModel to multiply by packed weights: its name there, the bits that it knows, the one device."""
+
+    backend: str
+    bits: tuple[int, ...]
+    device: str | None
+
+
+KERNELS = {
+    "torch": Kernel("GPTQ_TORCH", (2, 3, 4, 8), None),
+    "torch-aten": Kernel("GPTQ_TORCH_ATEN", (4,), "cpu"),
+    "triton": Kernel("GPTQ_TRITON", (2, 4, 8), "cuda"),
+    "exllama-v2": Kernel("GPTQ_EXLLAMA_V2", (4,), "cuda"),
+    "marlin": Kernel("GPTQ_MARLIN", (4, 8), "cuda"),
+    "machete": Kernel("GPTQ_MACHETE", (4, 8), "cuda"),
+}
 
 
 def prepare(device: str) -> None:
@@ -55,14 +75,19 @@ def no_logs() -> Iterator[None]:
             loop_processor._PROJECT_LOG_DIR = usual
 
 
-def load(source: Path, dtype: str, device: str, **options) -> PreTrainedModel:
-    """Return a packed model that computes in `dtype`.
+def load(source: Path, dtype: str, device: str, kernel: str = "auto", **options) -> PreTrainedModel:
+    """Return a packed model that computes in `dtype`, by a name of `KERNELS`, or auto.
 
-    On a CPU every number of bits takes the same path: weights are unpacked for each product, in `dtype`, float32
-    included. GPTQModel's own choice there would be bfloat16, with a fast kernel for 4 bits and a compiled one (up to
-    15 s) for others, and neither speed nor error could be compared. On CUDA its choice of kernel stands, and float32
-    becomes float16, because the kernels know no other.
+    With auto on a CPU every number of bits takes the same path: weights are unpacked for each product, in `dtype`,
+    float32 included. GPTQModel's own choice there would be bfloat16, with a fast kernel for 4 bits and a compiled one
+    (up to 15 s) for others, and neither speed nor error could be compared. On CUDA its choice of kernel stands. All
+    kernels but `torch` on a CPU know no float32: it becomes float16 on CUDA, and bfloat16 for torch-aten.
     """
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    if kernel != "auto" and KERNELS[kernel].device not in (None, kind):
+        raise UserError(
+            f"{source} is to run by the kernel '{kernel}', which needs {KERNELS[kernel].device}, not {kind}."
+        )
     prepare(device)
     import torch
 
@@ -70,13 +95,14 @@ def load(source: Path, dtype: str, device: str, **options) -> PreTrainedModel:
         from gptqmodel import BACKEND, GPTQModel
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-        backend = BACKEND.AUTO
-        if device.startswith("cuda"):
-            dtype = "float16" if dtype == "float32" else dtype
-        else:
-            backend = BACKEND.GPTQ_TORCH
+        if kernel == "auto":
+            kernel = "torch" if kind == "cpu" else kernel
+        backend = BACKEND.AUTO if kernel == "auto" else BACKEND[KERNELS[kernel].backend]
+        if kind == "cpu":
             # It computes rightly in float32, but its list of dtypes leaves it out.
             TorchLinear.SUPPORTS_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
             TorchLinear.optimize = lambda self, *_, **__: None  # else each layer is compiled
+        if dtype == "float32" and (kind == "cuda" or kernel == "torch-aten"):
+            dtype = "float16" if kind == "cuda" else "bfloat16"
         options = {"dtype": getattr(torch, dtype), "backend": backend, **options}
         return GPTQModel.load(str(source), device=device, **options).model

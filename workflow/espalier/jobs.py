@@ -22,6 +22,7 @@ def step(kind: str, arguments: argparse.Namespace, script: Path, **more: object)
     started = time.time()
     module, recipe, content = _start(kind, arguments)
     device = checkpoints.pick_device(arguments.device)
+    plugins.check_device(module, recipe, device, "--recipe")
     with whole_folder(arguments.output) as folder:
         report = module.apply(arguments.parent, folder, recipe, seed=arguments.seed, device=device, **more)
         info = checkpoints.describe(folder)

@@ -39,3 +39,10 @@ def load(kind: str, name: str, where: str = "config") -> ModuleType:
 def modules(module: ModuleType, recipe: object) -> list[str]:
     """Return the dotted names of a plugin and of those that its recipe names in turn: its `uses`, if it has one."""
     return [module.__name__, *(module.uses(recipe) if hasattr(module, "uses") else [])]
+
+
+def check_device(module: ModuleType, recipe: object, device: str, where: str) -> None:
+    """Raise UserError, opened by `where`, if a plugin's `needs_device` says that a recipe runs on another device."""
+    needed = module.needs_device(recipe) if hasattr(module, "needs_device") else None
+    if needed and device not in ("auto", needed[0]):
+        raise UserError(f"{where}: {needed[1]} needs 'device: {needed[0]}', and the device is {device}.")

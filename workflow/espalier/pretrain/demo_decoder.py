@@ -55,6 +55,11 @@ class Recipe:
             raise ValueError("'steps', 'batch' and 'layers' must be at least 1 and 'window' at least 2.")
 
 
+def sizes(recipe: Recipe) -> dict:
+    """Return the widths of the layers, named as in a config.json."""
+    return {"hidden_size": recipe.hidden, "intermediate_size": recipe.mlp}
+
+
 def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
     """Train the decoder and save it into `output`; return the loss curve, the tokens read and the seconds taken.
 

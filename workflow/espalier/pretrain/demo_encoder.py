@@ -56,6 +56,11 @@ class Recipe:
             raise ValueError("'steps', 'batch' and 'layers' must be at least 1 and 'masked' between 0 and 1.")
 
 
+def sizes(recipe: Recipe) -> dict:
+    """Return the widths of the layers, named as in a config.json."""
+    return {"hidden_size": recipe.hidden, "intermediate_size": recipe.mlp}
+
+
 def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
     """Train the encoder and save it into `output`; return the loss curve and the seconds taken.
 

@@ -51,6 +51,11 @@ def reads(recipe: Recipe) -> list[str]:
     return [os.path.relpath(SHAPES / f"{recipe.shape}.json")] if recipe.shape else []
 
 
+def sizes(recipe: Recipe) -> dict:
+    """Return what the model's config.json will say."""
+    return read_json(SHAPES / f"{recipe.shape}.json") if recipe.shape else recipe.config
+
+
 def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
     """Save a model with random weights, drawn by the seed on the device, and a tokenizer of single bytes.
 
@@ -79,7 +84,7 @@ def skeleton(recipe: Recipe) -> tuple[PreTrainedModel, bool]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    content = dict(recipe.config or read_json(SHAPES / f"{recipe.shape}.json"))
+    content = dict(sizes(recipe))
     # The tokens are those of the tokenizer that this model has, not of the one that the architecture came with.
     content |= {"bos_token_id": None, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
     if recipe.layers is not None:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from espalier.models.input_moments import Moments
 
 TAKES = ("causal-lm",)
+CHANGES_WIDTHS = True
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from espalier.models.anatomy import Parts
 
 TAKES = ("causal-lm",)
+CHANGES_WIDTHS = True
 
 # What a weight contributes: the change of the loss without it, up to an order.
 TERMS = {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from espalier import checkpoints, nf4
-from espalier.errors import UserError
 
 TAKES = ("causal-lm",)
 
@@ -39,8 +38,7 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     import transformers
 
     info = checkpoints.describe(parent)
-    if info["format"] not in ("transformers", "reference"):
-        raise UserError(f"{parent} is quantized already ({info['format']}): bitsandbytes needs an unquantized parent.")
+    checkpoints.refuse_quantized(parent, "bitsandbytes")
     if recipe.bits == 4:
         nf4.check_widths(parent, device)
     dtype = recipe.dtype or checkpoints.weights_dtype(parent)
@@ -55,7 +53,9 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     started = time.monotonic()
     loaded = checkpoints.load(parent, device, quantization_config=config, device_map={"": device}, dtype=dtype)
     # Saved before any forward pass: on CPUs with AVX512-BF16 the first one repacks 4-bit weights for itself.
-    checkpoints.save(loaded.model, loaded.tokenizer, output, info, format="bitsandbytes", bits=recipe.bits, dtype=dtype)
+    arithmetic = "integer" if recipe.bits == 8 else "unpacked"
+    storage = {"format": "bitsandbytes", "bits": recipe.bits, "dtype": dtype, "arithmetic": arithmetic}
+    checkpoints.save(loaded.model, loaded.tokenizer, output, info, **storage)
     return {
         "seconds": time.monotonic() - started,
         "bytes": {"before": checkpoints.weight_bytes(parent), "after": checkpoints.weight_bytes(output)},

@@ -1,0 +1,59 @@
+"""Group sizes are compared with a model's widths wherever the config tells them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from espalier import group_sizes, plugins, recipes
+from espalier.config import Model, Step
+from espalier.errors import UserError
+
+
+def step(kind: str, method: str, **keys) -> Step:
+    module = plugins.load(kind, method)
+    return Step("mine", kind, method, recipes.build(module.Recipe, keys, "recipe"), {}, [])
+
+
+ROUND = step("quantize", "round-to-nearest", bits=4, group_size=128)
+SHORTEN = step("prune", "depth", blocks=2, criterion="magnitude")
+
+
+def pretrained(**sizes) -> dict:
+    return group_sizes.sizes_of(Model(pretrain="random-weights"), step("pretrain", "random-weights", **sizes))
+
+
+@pytest.mark.parametrize("shape", ["llama-7b", "opt-6.7b", "chatglm2-6b"])
+def test_published_shapes_take_groups_of_128(shape):
+    sizes = pretrained(shape=shape)
+    assert set(sizes) & {"intermediate_size", "ffn_dim"}
+    group_sizes.check(sizes, [SHORTEN, ROUND], "study")
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"hidden_size": 192, "intermediate_size": 256}, "hidden_size of 192"),
+        ({"hidden_size": 256, "intermediate_size": 192}, "intermediate_size of 192"),
+        ({"hidden_size": 256, "ffn_dim": 64}, "ffn_dim of 64"),
+    ],
+)
+def test_groups_that_do_not_divide_a_width_are_named(config, key):
+    sizes = pretrained(config={"model_type": "llama", **config})
+    with pytest.raises(UserError, match=f"study: 'mine' makes groups of 128 .*'group_size'.* do not divide .*{key}"):
+        group_sizes.check(sizes, [SHORTEN, ROUND], "study")
+
+
+def test_behind_a_change_of_widths_nothing_is_known():
+    words = {"name": "words", "source": "local", "path": "words"}
+    samples = {"text": {"dataset": words, "split": "calibration"}, "samples": 4, "length": 8}
+    narrow = step("prune", "flap", ratio=0.2, calibration=samples)
+    group_sizes.check({"hidden_size": 192}, [narrow, ROUND], "study")
+
+
+def test_a_local_model_says_its_sizes_itself_and_one_of_the_hub_does_not(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 192}))
+    with pytest.raises(UserError, match="hidden_size of 192"):
+        group_sizes.check(group_sizes.sizes_of(Model(path=str(tmp_path)), None), [ROUND], "study")
+    group_sizes.check(group_sizes.sizes_of(Model(hub="some/model", revision="0" * 40), None), [ROUND], "study")
