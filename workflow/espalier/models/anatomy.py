@@ -21,7 +21,11 @@ PRUNED = "pruned_"  # what the model type of a width-pruned checkpoint begins wi
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of a block's linear layers. Rows of `up` and columns of `down` are the neurons of the MLP."""
+    """Names of a block's linear layers, and of the norms before attention and before the MLP.
+
+    Rows of `up` and columns of `down` are the neurons of the MLP. `query`, `key` and `value` alone read what
+    `attention_norm` gives, and `up` alone what `mlp_norm` gives.
+    """
 
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -30,6 +34,8 @@ class Layout:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     stacked: int = 1  # how many matrices one layer of `up` stacks: 2 where gate and up are one
     down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
 
 
 # Model type of transformers → layout. None: only whole blocks can be removed.
@@ -40,7 +46,13 @@ LAYOUTS: dict[str, Layout | None] = {
     "qwen3": Layout(),
     "glm": Layout(up=("mlp.gate_up_proj",), stacked=2),
     "glm4": Layout(up=("mlp.gate_up_proj",), stacked=2),
-    "opt": Layout(output="self_attn.out_proj", up=("fc1",), down="fc2"),
+    "opt": Layout(
+        output="self_attn.out_proj",
+        up=("fc1",),
+        down="fc2",
+        attention_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+    ),
     "gpt_neox": None,  # Pythia; its query, key and value are interleaved in one matrix
 }
 

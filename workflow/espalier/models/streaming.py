@@ -186,7 +186,7 @@ def check_finite(model: PreTrainedModel) -> None:
 
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise UserError(f"The weight {name} of the model holds NaN or infinite numbers; it cannot be pruned.")
+            raise UserError(f"The weight {name} of the model holds NaN or infinite numbers; no method works on it.")
 
 
 def check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:

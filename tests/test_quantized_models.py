@@ -1,0 +1,112 @@
+"""Every quantizer on models that were pruned before: saved, opened in a fresh process, and like the parent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from espalier import checkpoints, plugins, recipes
+from espalier.models.anatomy import adopt, keep, parts_of, remove_blocks
+from tiny import calibration, llama
+
+CALIBRATED = ("gptq", "smoothquant", "awq")
+# Name → method, recipe, and the most that logits may differ from the parent's, as a share of their norm.
+QUANTIZERS = {
+    "gptq, 8 bits": ("gptq", {"bits": 8, "group_size": 32}, 0.05),
+    "gptq, 4 bits": ("gptq", {"bits": 4, "group_size": 32}, 0.6),
+    "bitsandbytes, 8 bits": ("bitsandbytes", {"bits": 8}, 0.05),
+    "bitsandbytes, nf4": ("bitsandbytes", {"bits": 4}, 0.6),
+    "bitsandbytes, fp4": ("bitsandbytes", {"bits": 4, "type": "fp4"}, 0.6),
+    "round to nearest, W8A8": ("round-to-nearest", {"bits": 8, "symmetric": True, "activations": 8}, 0.08),
+    "round to nearest, 4 bits": ("round-to-nearest", {"bits": 4, "group_size": 32}, 0.6),
+    "smoothquant, W8A8": ("smoothquant", {"bits": 8}, 0.08),
+    "smoothquant, W4A8": ("smoothquant", {"bits": 4}, 0.8),
+    "smoothquant, W4A8 by gptq": ("smoothquant", {"bits": 4, "rounding": "gptq"}, 0.8),
+    "awq, 8 bits": ("awq", {"bits": 8, "group_size": 32}, 0.05),
+    "awq, 4 bits": ("awq", {"bits": 4, "group_size": 32}, 0.6),
+}
+FRESH = """
+import sys, torch
+from espalier import checkpoints
+models = [checkpoints.load(folder, device="cpu").model for folder in sys.argv[2:]]
+with torch.no_grad(): torch.save([model(torch.arange(40)[None]).logits for model in models], sys.argv[1])
+"""
+
+
+def shorten(model) -> None:
+    remove_blocks(model, [1])
+
+
+def narrow(model) -> None:
+    """Make the widths of heads and neurons differ by block."""
+    for parts, groups, neurons in zip(parts_of(model), ([0, 2], [0, 1, 2, 3], [3, 1]), (64, 128, 128), strict=True):
+        keep(parts, groups, range(neurons))
+    adopt(model)
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """Return name → a pruned parent's folder."""
+    root = tmp_path_factory.mktemp("parents")
+    whole, found = llama(root / "dense", layers=3, mlp=128), {}
+    for prune in (shorten, narrow):
+        checkpoint = checkpoints.load(whole, device="cpu")
+        prune(checkpoint.model)
+        found[prune.__name__] = root / prune.__name__
+        info = {**checkpoint.info, "parameters": checkpoints.logical_parameters(checkpoint.model)}
+        checkpoints.save(checkpoint.model, checkpoint.tokenizer, found[prune.__name__], info)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(parents, tmp_path_factory):
+    """Return (quantizer, parent) → the folder of the quantized model."""
+    root = tmp_path_factory.mktemp("quantized")
+    samples, found = calibration(root / "words"), {}
+    for parent in parents:
+        for name, (method, mapping, _) in QUANTIZERS.items():
+            module = plugins.load("quantize", method)
+            mapping = mapping | ({"calibration": samples} if method in CALIBRATED else {})
+            found[name, parent] = folder = root / f"{len(found)}"
+            folder.mkdir()
+            module.apply(parents[parent], folder, recipes.build(module.Recipe, mapping, "recipe"), seed=0, device="cpu")
+    return found
+
+
+@pytest.fixture(scope="module")
+def fresh(made, tmp_path_factory):
+    """Return (quantizer, parent) → logits that a process computes which has not seen any of this."""
+    file = tmp_path_factory.mktemp("logits") / "logits"
+    subprocess.run([sys.executable, "-c", FRESH, file, *made.values()], check=True, capture_output=True)
+    return dict(zip(made, torch.load(file), strict=True))
+
+
+def logits(folder) -> torch.Tensor:
+    with torch.no_grad():
+        return checkpoints.load(folder, device="cpu").model(torch.arange(40)[None]).logits
+
+
+@pytest.mark.parametrize("parent", ["shorten", "narrow"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_pruned_model_is_quantized_saved_and_opened_elsewhere(parents, made, fresh, name, parent):
+    true, found = logits(parents[parent]), fresh[name, parent]
+    assert torch.equal(found, logits(made[name, parent]))
+    most = QUANTIZERS[name][2]
+    assert most / 50 < (found - true).norm() / true.norm() < most
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_is_written_says_what_it_is_and_is_smaller(parents, made, name):
+    for parent, folder in parents.items():
+        described, before = checkpoints.describe(made[name, parent]), checkpoints.describe(folder)
+        assert described["parameters"] == before["parameters"]
+        assert described["bits"] == QUANTIZERS[name][1]["bits"]
+        assert described["arithmetic"] in ("integer", "unpacked")
+        assert checkpoints.weight_bytes(made[name, parent]) < 0.65 * checkpoints.weight_bytes(folder)
+
+
+def test_every_quantizer_is_in_the_table():
+    assert {method for method, _, _ in QUANTIZERS.values()} == set(plugins.names("quantize"))
