@@ -48,9 +48,11 @@ wildcard_constraints:
     dataset=STUDY.pattern(STUDY.resolved.generated),
     suite=STUDY.pattern(STUDY.resolved.suites),
     workload=STUDY.pattern(STUDY.resolved.workloads),
+    text=STUDY.pattern(STUDY.texts),
 
 
 include: "workflow/rules/models.smk"
+include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/prune.smk"
 include: "workflow/rules/tune.smk"
 include: "workflow/rules/quantize.smk"

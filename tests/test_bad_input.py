@@ -74,6 +74,18 @@ AT_PARSE_TIME = {
     ),
     "a choice that is none": (put("recipes", "taylor-3", "schedule", "gredy"), "Did you mean 'greedy'?"),
     "bits that a method lacks": (put("recipes", "gptq-w4", "bits", 5), "recipes.gptq-w4.bits: 5 (int) is not a choice"),
+    "groups that do not divide the model's widths": (
+        put("recipes", "gptq-w4", "group_size", 128),
+        "'gptq-w4' makes groups of 128 input channels (the key 'group_size'), which do not divide the model's hidden_s",
+    ),
+    "a kernel that a number of bits lacks": (
+        lambda config: config["recipes"]["gptq-w4"].update(bits=2, kernel="marlin"),
+        "recipes.gptq-w4: the kernel 'marlin' knows 4 and 8 bits, not 2.",
+    ),
+    "a kernel of the GPU on a CPU": (
+        lambda config: (config.update(device="cpu"), config["recipes"]["gptq-w4"].update(kernel="marlin")),
+        "recipes.gptq-w4: the kernel 'marlin' needs 'device: cuda', and the device is cpu.",
+    ),
     "a misspelt method": (
         put("recipes", "lora", "tune", "lroa"),
         "recipes.lora.tune: there is no tune method 'lroa'. Did you",
@@ -168,6 +180,16 @@ AT_PARSE_TIME = {
     "a calibration of no samples": (
         put("calibrations", "general", "samples", 0),
         "calibrations.general: 'samples' must be",
+    ),
+    "a calibration on evaluated text": (
+        put("calibrations", "few", "text", "split", "heldout"),
+        "calibrations.few: its text (dataset 'world', split 'heldout') is what suites.heldout evaluates (split 'heldou",
+    ),
+    "a calibration without a name": (
+        put(
+            "recipes", "gptq-w4", "calibration", {"text": {"dataset": "world", "split": "x"}, "samples": 2, "length": 8}
+        ),
+        "recipes.gptq-w4.calibration: expected the name of an entry of the section calibrations.",
     ),
     "an empty axis": (put("axes", "task", []), "axes: expected name: [value, ...]"),
     "a model from nowhere": (put("models", "x", {"seeds": [0]}), "models.x: a model needs exactly one of the keys"),

@@ -83,3 +83,44 @@ def test_missing_split_column_and_damaged_line_are_named(dataset):
     with pytest.raises(UserError, match=r"broken\.jsonl, line 2, is not valid JSON"):
         dataset.rows("broken")
     assert len(Text(dataset, "train").documents()) == 26, "the empty document is left out"
+
+
+def hub(split: str, config: str | None = None, number: str = "a/b", revision: str = "0" * 40) -> Text:
+    return Text(Dataset("name", "hub", id=number, revision=revision), split, config)
+
+
+def folder(path: str, split: str, config: str | None = None, source: str = "local") -> Text:
+    return Text(Dataset("name", source, path=path), split, config)
+
+
+OVERLAPS = [
+    (hub("train"), hub("train"), True),
+    (hub("train"), hub("train", revision="1" * 40), True),
+    (hub("train"), hub("test"), False),
+    (hub("train"), hub("train", number="a/c"), False),
+    (hub("train"), hub("train", config="small"), False),
+    (hub("train[:100]"), hub("train"), True),
+    (hub("train[:100]"), hub("train[:100]"), True),
+    (hub("train[:100]"), hub("train[100:200]"), False),
+    (hub("train[:100]"), hub("test[:100]"), False),
+    (hub("train[:100]+test"), hub("validation+test"), True),
+    (folder("x", "train"), folder("./y/../x", "train"), True),
+    (folder("x", "train", source="demo"), folder("x", "train"), True),
+    (folder("x", "train", "y"), folder("x/y", "train"), True),
+    (folder("x", "train"), folder("x", "test"), False),
+    (folder("x", "train"), folder("y", "train"), False),
+    (folder("x", "train"), hub("train"), False),
+]
+
+
+@pytest.mark.parametrize(("one", "two", "expected"), OVERLAPS, ids=range(len(OVERLAPS)))
+def test_texts_of_the_same_rows(one, two, expected):
+    assert one.overlaps(two) is two.overlaps(one) is expected
+
+
+def test_rows_are_read_one_by_one(dataset):
+    """The last line of this split is damaged, and is not read before it is asked for."""
+    rows = dataset.each("broken")
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(UserError, match=r"broken\.jsonl, line 2"):
+        next(rows)

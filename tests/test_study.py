@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -47,6 +48,20 @@ def test_results_are_those_of_charts_and_measures_for_every_seed(demo_config):
     steps = ("dense/step.json", "dense+depth-2/step.json", "dense+depth-2+lora/step.json")
     results = (*steps, "dense+depth-2+lora/evaluate/heldout.json")
     assert sorted(Study(demo_config).raw_results()) == sorted(f"{run}/{result}" for run in runs for result in results)
+
+
+def test_what_calibrates_on_one_text_waits_for_one_check(demo_config):
+    demo_config["calibrations"]["few"]["text"]["split"] = "instruct"
+    study = Study(demo_config)
+    general, few = study.calibration_check("gptq-w4"), study.calibration_check("taylor-3")
+    assert len(general) == len(few) == 1
+    assert study.calibration_check("gptq-w4-n20") == study.calibration_check("flap") == general != few
+    assert study.calibration_check("magnitude-3") == study.calibration_check("bnb-nf4") == []
+    sets = {f"results/demo/calibration/{text}.json": set(json.loads(study.calibrations(text))) for text in study.texts}
+    assert sets == {few[0]: {"few"}, general[0]: set(demo_config["calibrations"]) - {"few", "general-{samples}"} | {
+        f"general-{samples}" for samples in demo_config["axes"]["samples"]}}  # fmt: skip
+    assert set(json.loads(study.calibrations())) == set.union(*sets.values())
+    assert study.calibration_data() == ["results/demo/data/world"]
 
 
 def test_an_edit_to_a_local_model_changes_its_reference_and_a_touch_does_not(demo_config, tmp_path):

@@ -113,6 +113,7 @@ class Resolved:
     models: dict[str, Model]
     pretrained: dict[str, Step]  # the models that the study trains itself
     generated: dict[str, Any]  # dataset name → recipe of espalier.demo.dataset
+    calibrations: dict[str, Calibration]
     recipes: dict[str, Step]
     suites: dict[str, Step]
     workloads: dict[str, Step]
@@ -126,11 +127,11 @@ def resolve(mapping: dict, file: str, results: str = "results") -> Resolved:
     models, pretrain_entries = {}, {}
     datasets, generated = _datasets(config, file, results)
     calibrations = {
-        name: as_dict(build(Calibration, _refer(entry, {"dataset": datasets}, where), where))
+        name: build(Calibration, _refer(entry, {"dataset": datasets}, where), where)
         for name, entry in config.calibrations.items()
         for where in [f"{file}: calibrations.{name}"]
     }
-    references = {"dataset": datasets, "calibration": calibrations}
+    references = {"dataset": datasets, "calibration": {name: as_dict(entry) for name, entry in calibrations.items()}}
     for name, entry in config.models.items():
         where = f"{file}: models.{name}"
         own = set(Model.__dataclass_fields__)
@@ -143,12 +144,18 @@ def resolve(mapping: dict, file: str, results: str = "results") -> Resolved:
             pretrain_entries[name] = {"pretrain": model.pretrain, **extra}
         elif model.path and not (Path(model.path) / "config.json").is_file():
             raise UserError(f"{where}.path: {model.path} is not a checkpoint folder: it has no config.json.")
+    recipes = _steps(config.recipes, STAGES, "recipes", file, references)
+    for name, step in recipes.items():
+        plugins.check_device(
+            plugins.load(step.kind, step.method), step.recipe, config.device, f"{file}: recipes.{name}"
+        )
     return Resolved(
         config=config,
         models=models,
         generated=generated,
+        calibrations=calibrations,
         pretrained=_steps(pretrain_entries, ("pretrain",), "models", file, references),
-        recipes=_steps(config.recipes, STAGES, "recipes", file, references),
+        recipes=recipes,
         suites=_steps(config.suites, ("evaluate",), "suites", file, references),
         workloads=_steps(config.workloads, ("profile",), "workloads", file, references),
         figures=_steps(

@@ -11,10 +11,10 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from espalier.errors import UserError, did_you_mean
 
@@ -35,7 +35,11 @@ class Dataset:
 
     def rows(self, split: str, config: str | None = None) -> list[dict]:
         """Return all rows of a split. Raises UserError for a split or config that does not exist."""
-        return _hub_rows(self, split, config) if self.source == "hub" else _local_rows(self, split, config)
+        return list(self.each(split, config))
+
+    def each(self, split: str, config: str | None = None) -> Iterator[dict]:
+        """Yield the rows of a split one by one, and hold none. Raises the errors of `rows`."""
+        yield from _hub_rows(self, split, config) if self.source == "hub" else _local_rows(self, split, config)
 
 
 def fingerprint(folder: Path) -> str:
@@ -60,13 +64,47 @@ class Text:
 
     def documents(self) -> list[str]:
         """Return the non-empty documents, in the dataset's order."""
-        rows = self.dataset.rows(self.split, self.config)
-        if rows and self.column not in rows[0]:
-            raise UserError(
-                f"The dataset '{self.dataset.name}', split '{self.split}', has no column '{self.column}'."
-                + did_you_mean(self.column, rows[0])
-            )
-        return [row[self.column] for row in rows if row[self.column].strip()]
+        return [document for _, document in self.numbered()]
+
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """Yield the non-empty documents one by one, each with the number of its row in the split, from 0."""
+        for number, row in enumerate(self.dataset.each(self.split, self.config)):
+            if self.column not in row:
+                raise UserError(
+                    f"The dataset '{self.dataset.name}', split '{self.split}', has no column '{self.column}'."
+                    + did_you_mean(self.column, row)
+                )
+            if row[self.column].strip():
+                yield number, row[self.column]
+
+    def overlaps(self, other: Text) -> bool:
+        """Return whether both name rows of the same split, whatever their column, revision and dataset's name.
+
+        Two slices of a split of the hub, such as train[:10%] and train[10%:], are taken to be different rows.
+        """
+        if self.dataset.source != "hub" or other.dataset.source != "hub":
+            return _place(self) == _place(other)
+        if (self.dataset.id, self.config) != (other.dataset.id, other.config):
+            return False
+        pairs = itertools.product(self.split.split("+"), other.split.split("+"))
+        return any(
+            one.split("[")[0] == two.split("[")[0] and (one == two or "[" not in one or "[" not in two)
+            for one, two in pairs
+        )
+
+
+def _place(text: Text) -> tuple:
+    """Return what is the same for two texts of the same rows, unless both are of the hub."""
+    dataset = text.dataset
+    folder = None if dataset.path is None else Path(dataset.path, text.config or "").resolve()
+    return folder, dataset.id, text.split
+
+
+class Drawn(NamedTuple):
+    """The windows of a calibration set, and what a result records of them."""
+
+    token_ids: list[list[int]]  # windows, each of the same length
+    record: dict  # plain JSON
 
 
 @dataclass(frozen=True)
@@ -87,38 +125,55 @@ class Calibration:
             raise ValueError("'samples' must be at least 1 and 'length' at least 2.")
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Return `samples` lists of exactly `length` token ids. Raises UserError where the text does not have as many.
+        """Return `samples` lists of exactly `length` token ids, those of `draw`."""
+        return self.draw(tokenizer).token_ids
+
+    def draw(self, tokenizer: PreTrainedTokenizerBase) -> Drawn:
+        """Return `samples` windows of exactly `length` token ids. Raises UserError where the text has fewer.
 
         packed: shuffled documents, joined by the end token, are cut up. crops: of each shuffled document with at least
         `length` tokens, one window that begins at a random place (the calibration of Kim et al. 2024, 2402.02834).
+
+        The record's `documents` say where each window comes from. packed: the rows of the split in which its first and
+        its last token stand; between them lie those that the shuffle put there. crops: its row, and the number of its
+        first token in that document.
         """
-        draw = random.Random(f"calibration-{self.seed}")
-        documents = self.text.documents()
-        draw.shuffle(documents)
-        cut = self._packed if self.windows == "packed" else self._crops
-        windows = list(itertools.islice(cut(documents, tokenizer, draw), self.samples))
-        if len(windows) == self.samples:
-            return windows
-        raise UserError(
-            f"The dataset '{self.text.dataset.name}', split '{self.text.split}', holds only {len(windows)} windows of"
-            f" {self.length} tokens, but the calibration asks for {self.samples} samples."
-        )
+        chance = random.Random(f"calibration-{self.seed}")
+        documents = list(self.text.numbered())
+        chance.shuffle(documents)
+        rows = ((row, tokenizer(document, add_special_tokens=False)["input_ids"]) for row, document in documents)
+        windows = self._packed(rows, tokenizer.eos_token_id) if self.windows == "packed" else self._crops(rows, chance)
+        drawn = list(itertools.islice(windows, self.samples))
+        text = self.text
+        if len(drawn) < self.samples:
+            raise UserError(
+                f"The dataset '{text.dataset.name}', split '{text.split}', holds only {len(drawn)} windows of"
+                f" {self.length} tokens, but the calibration asks for {self.samples} samples."
+            )
+        record = {"dataset": text.dataset.name, "config": text.config, "split": text.split, "seed": self.seed}
+        record |= {"windows": self.windows, "samples": self.samples, "length": self.length}
+        record |= {"tokens": self.samples * self.length, "documents": [place for _, place in drawn]}
+        return Drawn([ids for ids, _ in drawn], record)
 
-    def _packed(self, documents: list[str], tokenizer: PreTrainedTokenizerBase, _: random.Random) -> Iterator[list]:
+    def _packed(self, rows: Iterable[tuple[int, list[int]]], end: int | None) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield windows, each with the rows of its first and its last token."""
         pending: list[int] = []
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for document in documents:
-            pending += tokenizer(document, add_special_tokens=False)["input_ids"] + end
+        owners: list[int] = []  # the row of each pending token
+        for row, ids in rows:
+            pending += ids if end is None else [*ids, end]
+            owners += [row] * (len(pending) - len(owners))
             while len(pending) >= self.length:
-                yield pending[: self.length]
-                pending = pending[self.length :]
+                yield pending[: self.length], [owners[0], owners[self.length - 1]]
+                pending, owners = pending[self.length :], owners[self.length :]
 
-    def _crops(self, documents: list[str], tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> Iterator[list]:
-        for document in documents:
-            ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    def _crops(
+        self, rows: Iterable[tuple[int, list[int]]], chance: random.Random
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield windows, each with its row and the place of its first token."""
+        for row, ids in rows:
             if len(ids) >= self.length:
-                start = draw.randrange(len(ids) - self.length + 1)
-                yield ids[start : start + self.length]
+                start = chance.randrange(len(ids) - self.length + 1)
+                yield ids[start : start + self.length], [row, start]
 
 
 def local_file(dataset: Dataset, split: str, config: str | None) -> Path:
@@ -133,23 +188,22 @@ def local_file(dataset: Dataset, split: str, config: str | None) -> Path:
     return file
 
 
-def _local_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
+def _local_rows(dataset: Dataset, split: str, config: str | None) -> Iterator[dict]:
     file = local_file(dataset, split, config)
-    rows = []
-    # Only a line feed ends a line: JSON text may hold other characters at which splitlines() cuts, such as U+2028.
-    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
-        try:
-            if line:
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}, is not valid JSON ({error.msg}).") from None
-    return rows
+    # Only a line feed ends a line: JSON text may hold other characters that end one elsewhere, such as U+2028.
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.rstrip("\n"):
+                    yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}, line {number}, is not valid JSON ({error.msg}).") from None
 
 
-def _hub_rows(dataset: Dataset, split: str, config: str | None) -> list[dict]:
+def _hub_rows(dataset: Dataset, split: str, config: str | None) -> Iterable[dict]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(dataset.id, config, split=split, revision=dataset.revision).to_list()
+        return load_dataset(dataset.id, config, split=split, revision=dataset.revision)
     except (OSError, ValueError) as error:
         raise UserError(f"The dataset '{dataset.name}' ({dataset.id}, split '{split}'): {error}") from error

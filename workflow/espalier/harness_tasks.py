@@ -21,6 +21,24 @@ def load(names: list[str], dataset: Dataset | None) -> tuple[list, Any]:
     return _local(names, dataset) if dataset else _named(names)
 
 
+def scored_texts(names: list[str], dataset: Dataset | None, limit: int | None) -> list[str]:
+    """Return every text that tasks score: each context with each of its choices, without solved examples before it.
+
+    `limit`: only of the first questions of each task. Raises UserError for a task or data that cannot be loaded.
+    """
+    with only_errors():
+        found, manager = load(names, dataset)
+        try:
+            tasks = manager.load(found)["tasks"].values()
+        except OSError as error:
+            raise UserError(f"The data of the tasks {', '.join(names)} cannot be loaded: {error}.") from error
+        for task in tasks:
+            task.set_config(key="num_fewshot", value=0)
+            task.build_all_requests(limit=limit)
+        requests = [request for task in tasks for request in task.instances]
+    return ["".join(part for part in request.args if isinstance(part, str)) for request in requests]
+
+
 def _local(names: list[str], dataset: Dataset) -> tuple[list[dict], Any]:
     # Rows are handed over in memory because the datasets library would write a copy of each file to the home folder.
     import yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -9,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from espalier import chains, plugins
+from espalier import chains, group_sizes, plugins
 from espalier.config import Resolved, Step, resolve
+from espalier.data import Calibration, Text
 from espalier.errors import UserError, did_you_mean
 from espalier.provenance import code_version
+from espalier.recipes import as_dict
 from espalier.results import path_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -40,6 +43,7 @@ class Study:
         self.root = self.results / self.name
         for section in ("suites", "workloads"):
             self._check_dataset_tasks(section)
+        self._check_calibrations()
         self.wanted = self._wanted()
 
     # What to make -----------------------------------------------------------------------------------------------------
@@ -92,8 +96,6 @@ class Study:
 
     def generated(self, dataset: str) -> str:
         """Return the recipe of a generated dataset as JSON."""
-        from espalier.recipes import as_dict
-
         return json.dumps(as_dict(self.resolved.generated[dataset]), sort_keys=True)
 
     def data(self, section: str, name: str) -> list[str]:
@@ -102,6 +104,38 @@ class Study:
         module = plugins.load(step.kind, step.method)
         files = module.reads(step.recipe) if hasattr(module, "reads") else []
         return sorted({found["path"] for found in _datasets(step.content)} | set(files))
+
+    def calibrations(self, text: str | None = None) -> str:
+        """Return the study's calibration sets by name, as JSON: all, or those of one text."""
+        sets = self.resolved.calibrations if text is None else self.texts[text]
+        return json.dumps({name: as_dict(calibration) for name, calibration in sets.items()})
+
+    def suites(self) -> str:
+        """Return the resolved recipes of the study's suites by name, as JSON."""
+        return json.dumps({name: step.content for name, step in self.resolved.suites.items()})
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, Calibration]]:
+        """The calibration sets by their text, whose name says its content: another text has another name."""
+        texts: dict[str, dict[str, Calibration]] = {}
+        for name, calibration in self.resolved.calibrations.items():
+            texts.setdefault(_text_name(calibration.text), {})[name] = calibration
+        return texts
+
+    def calibration_data(self) -> list[str]:
+        """Return the folders of generated datasets that calibration sets and suites read."""
+        read = [json.loads(self.calibrations()), json.loads(self.suites())]
+        return sorted({found["path"] for found in _datasets(read)})
+
+    def calibration_code(self) -> str:
+        """Return the code version of the check of calibration sets, with the methods of all suites."""
+        modules = {module for step in self.resolved.suites.values() for module in step.modules}
+        return code_version(SCRIPTS / "check_calibration.py", sorted(modules))
+
+    def calibration_check(self, recipe: str) -> list[str]:
+        """Return the file which says that the text that a recipe calibrates on, if it does, holds nothing evaluated."""
+        calibration = getattr(self.step("recipes", recipe).recipe, "calibration", None)
+        return [] if calibration is None else [f"{self.root}/calibration/{_text_name(calibration.text)}.json"]
 
     def reference(self, model: str) -> str:
         """Return where a model of the hub or a local folder is, as JSON, with a fingerprint of a local one."""
@@ -150,6 +184,26 @@ class Study:
                 if task not in known:
                     where = f"{self.file}: {section}.{name}.tasks"
                     raise UserError(f"{where}: '{dataset.name}' has no task '{task}'.{did_you_mean(task, known)}")
+
+    def _check_calibrations(self) -> None:
+        """Refuse a calibration set without a name, or on the very rows that a suite evaluates.
+
+        Evaluated text that stands elsewhere too is found in the text alone, by the job check_calibration.
+        """
+        for name, step in self.resolved.recipes.items():
+            calibration = getattr(step.recipe, "calibration", None)
+            if calibration is not None and calibration not in self.resolved.calibrations.values():
+                where = f"{self.file}: recipes.{name}.calibration"
+                raise UserError(f"{where}: expected the name of an entry of the section calibrations.")
+        for name, calibration in self.resolved.calibrations.items():
+            for suite, step in self.resolved.suites.items():
+                text = getattr(step.recipe, "text", None)
+                if text is not None and calibration.text.overlaps(text):
+                    raise UserError(
+                        f"{self.file}: calibrations.{name}: its text (dataset '{calibration.text.dataset.name}', split"
+                        f" '{calibration.text.split}') is what suites.{suite} evaluates (split '{text.split}')."
+                        " Calibrate on other text."
+                    )
 
     def _wanted(self) -> list[Wanted]:
         wanted: set[Wanted] = set()
@@ -228,7 +282,16 @@ class Study:
                     f" takes a {' or '.join(module.TAKES)} model, and finds a {task} model."
                 )
             task = getattr(module, "GIVES", task)
+        steps = [self.resolved.recipes[token] for token in chain.split("+")[1:]]
+        group_sizes.check(
+            group_sizes.sizes_of(entry, self.resolved.pretrained.get(model)), steps, f"{where}: the chain '{chain}'"
+        )
         return task
+
+
+def _text_name(text: Text) -> str:
+    digest = hashlib.sha256(json.dumps(as_dict(text)).encode()).hexdigest()
+    return f"{text.dataset.name}-{digest[:8]}"
 
 
 def _gpus(gres: str) -> int:

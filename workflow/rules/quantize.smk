@@ -1,6 +1,6 @@
 """Quantize: a model's weights are stored in fewer bits.
 
-In:  {parent}/model/
+In:  {parent}/model/  calibration/{text}.json
 Out: {parent}+{recipe}/model/  {parent}+{recipe}/step.json
 """
 
@@ -10,6 +10,7 @@ rule quantize_model:
     input:
         parent=f"{RUN}/{{parent}}/model",
         data=lambda w: STUDY.data("recipes", w.recipe),
+        calibration=lambda w: STUDY.calibration_check(w.recipe),
     output:
         model=directory(f"{RUN}/{{parent}}+{{recipe}}/model"),
         step=f"{RUN}/{{parent}}+{{recipe}}/step.json",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,14 @@ class Recipe:
     def check(self) -> None:
         if self.batch_size < 1 or self.max_length < 4:
             raise ValueError("'batch_size' must be at least 1 and 'max_length' at least 4.")
+
+
+def passages(recipe: Recipe) -> Iterator[str]:
+    """Yield the input of every validation row: its columns, one after another."""
+    task = glue_tasks.TASKS[recipe.task]
+    for split in task.splits.values():
+        for row in glue_tasks.rows(recipe.dataset, recipe.task, split):
+            yield " ".join(row[column] for column in task.columns)
 
 
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:

@@ -49,6 +49,11 @@ class Recipe:
             raise ValueError("'dataset' must be demo or local; for tasks of the hub leave it out and name the task.")
 
 
+def passages(recipe: Recipe) -> list[str]:
+    """Return each question with each of its choices, as they are scored."""
+    return harness_tasks.scored_texts(recipe.tasks, recipe.dataset, recipe.limit)
+
+
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
     """Return acc, and acc_norm where the task has it (unit fraction), and the outcome of every question (0 or 1).
 

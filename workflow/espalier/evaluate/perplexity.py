@@ -9,6 +9,7 @@ log-likelihood over all predictions), natural logarithm, log-softmax in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,11 @@ class Recipe:
     def check(self) -> None:
         if self.window < 2 or self.batch_size < 1:
             raise ValueError("'window' must be at least 2 and 'batch_size' at least 1.")
+
+
+def passages(recipe: Recipe) -> Iterator[str]:
+    """Yield the documents."""
+    return (document for _, document in recipe.text.numbered())
 
 
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:

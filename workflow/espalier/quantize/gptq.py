@@ -34,10 +34,19 @@ class Recipe:
     act_group_aware: bool = True  # without desc_act: order whole groups by activation, at no cost when run
     damp: float = 0.05  # the share of the Hessian's mean diagonal that is added to its diagonal
     batch_size: int = 32  # samples computed at once; it does not change the result beyond rounding
+    kernel: Literal["auto", "torch", "torch-aten", "triton", "exllama-v2", "marlin", "machete"] = "auto"  # it runs by
 
     def check(self) -> None:
+        if self.kernel != "auto" and self.bits not in (known := gptq_loading.KERNELS[self.kernel].bits):
+            raise ValueError(f"the kernel '{self.kernel}' knows {' and '.join(map(str, known))} bits, not {self.bits}.")
         if not 0 < self.damp < 1 or self.batch_size < 1:
             raise ValueError("'damp' must lie between 0 and 1, and 'batch_size' must be at least 1.")
+
+
+def needs_device(recipe: Recipe) -> tuple[str, str] | None:
+    """Return the only device that the result runs on, and why; None if it runs anywhere."""
+    kernel = gptq_loading.KERNELS.get(recipe.kernel)
+    return (kernel.device, f"the kernel '{recipe.kernel}'") if kernel and kernel.device else None
 
 
 def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
@@ -46,15 +55,14 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     Raises UserError for a parent that is quantized already, or whose layers do not divide into groups and words.
     """
     info = checkpoints.describe(parent)
-    if info["format"] not in ("transformers", "reference"):
-        raise UserError(f"{parent} is quantized already ({info['format']}): GPTQ needs an unquantized parent.")
+    checkpoints.refuse_quantized(parent, "GPTQ")
     gptq_loading.prepare(device)
     import torch
 
     source, dtype = checkpoints.weights_folder(parent), checkpoints.weights_dtype(parent)
     checkpoints.know_pruned(source)
     tokenizer = checkpoints.load_tokenizer(parent)
-    token_ids = recipe.calibration.token_ids(tokenizer)
+    drawn = recipe.calibration.draw(tokenizer)
     torch.manual_seed(seed)
     with gptq_loading.quiet(), gptq_loading.no_logs():
         from gptqmodel import GPTQModel, QuantizeConfig
@@ -79,17 +87,23 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
         _check_widths(model.model, recipe.group_size, parent)
         model.layer_callback = _Blocks(model.model.config.num_hidden_layers)
         started = time.monotonic()
-        samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in token_ids]
+        samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in drawn.token_ids]
         log = model.quantize(samples, batch_size=recipe.batch_size)
         seconds = time.monotonic() - started
         model.save(str(output))
     tokenizer.save_pretrained(output)
     (output / "quant_log.csv").unlink(missing_ok=True)  # its content is in the report
-    about = {"format": "gptqmodel", "bits": recipe.bits, "dtype": dtype, "group_size": recipe.group_size}
+    about = {
+        "format": "gptqmodel",
+        "bits": recipe.bits,
+        "dtype": dtype,
+        "arithmetic": "unpacked",
+        "kernel": recipe.kernel,
+    }
     checkpoints.write_description(output, {**checkpoints.inherited(info), **about})
     return {
         "seconds": seconds,
-        "calibration_tokens": sum(map(len, token_ids)),
+        "calibration": drawn.record,
         "bytes": {"before": checkpoints.weight_bytes(parent), "after": checkpoints.weight_bytes(output)},
         "layers": log,
     }
