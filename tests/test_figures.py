@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ROOT / "reference" / "papers"
 CHARTS = (size_tradeoff, latency_throughput, quantization_tradeoff, engine_speedup, glue_bits, block_importance)
 COLUMNS = ["study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"]
-COLUMNS += ["engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "device"]
+COLUMNS += ["engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "arithmetic"]
+COLUMNS += ["device"]
 
 
 def row(**given):
@@ -193,78 +194,6 @@ def test_latency_lines_of_several_sizes():
     assert {need.chain for need in latency_throughput.needs(latency_recipe({"Ours": ["a", "b"], "FLAP": "c"}))} == set(
         "abc"
     )
-
-
-# --- quantization_tradeoff
-
-
-def quantization_recipe(**other):
-    recipe = {"title": "Q", "model": "m", "suite": "tasks", "tasks": TASKS, "workload": "scoring"}
-    return build(quantization_tradeoff.Recipe, recipe | other, "figures.quantization")
-
-
-def scored(chain, accuracy, seconds, peak, outcome="ok"):
-    about = {"chain": chain, "kind": "profile", "suite": "scoring", "outcome": outcome}
-    measurements = {
-        "time_per_question": seconds,
-        "tokens_per_second": None if seconds is None else 400 / seconds,
-        "peak_allocated_per_question": peak,
-    }
-    rows = [row(**about, metric=metric, value=value) for metric, value in measurements.items()]
-    for task, metric in TASKS.items():
-        place = {"chain": chain, "kind": "evaluate", "suite": "tasks", "task": task, "metric": metric}
-        rows.append(row(**place, value=accuracy, stderr=0.02, n=500))
-    return rows
-
-
-def test_quantization_row_values_have_the_tables_keys():
-    rows = scored("dense", 0.5, 0.2, 250 * 2**20) + scored("dense+gptq", 0.4, None, None, outcome="oom")
-    recipe = quantization_recipe(rows={"GPTQ 4bit calib20": "dense+gptq", "Base Model": "dense"})
-    values = quantization_tradeoff.row_values(recipe, frame(rows))
-    assert list(values) == ["Base Model", "GPTQ 4bit calib20"]
-    keys = ("accuracy", "avg_time_s", "tokens_per_s", "avg_peak_vram_MB", "score_acc_over_vram")
-    assert values["Base Model"] == pytest.approx(dict(zip(keys, (0.5, 0.2, 2000.0, 250.0, 2.0), strict=True)))
-    assert values["GPTQ 4bit calib20"]["accuracy"] == pytest.approx(0.4)
-    assert values["GPTQ 4bit calib20"]["avg_time_s"] is None
-    assert values["GPTQ 4bit calib20"]["score_acc_over_vram"] is None
-    points = quantization_tradeoff.measured(recipe, frame(rows))
-    accuracy = points[(points["row"] == "Base Model") & (points["quantity"] == "accuracy")].iloc[0]
-    assert accuracy["error"] == pytest.approx(100 * 1.959963984540054 * math.hypot(0.02, 0.02) / 2)
-    assert accuracy["high"] - accuracy["value"] == pytest.approx(accuracy["error"])
-    gap = points[(points["row"] == "GPTQ 4bit calib20") & (points["quantity"] == "score_acc_over_vram")].iloc[0]
-    assert gap["outcome"] == "oom"
-    assert math.isnan(gap["value"])
-    text = text_of(quantization_tradeoff.draw(points, "Title"))
-    assert "OOM" in text
-    assert "No results in this study: SFT Model, BnB 4-bit Model" in text
-
-
-def test_quantization_rows_are_those_of_the_table_or_extra():
-    with pytest.raises(UserError, match="Did you mean 'SFT Model'"):
-        quantization_tradeoff.needs(quantization_recipe(rows={"SFT-Model": "dense"}))
-    with pytest.raises(UserError, match="name it under rows"):
-        quantization_tradeoff.needs(quantization_recipe(rows={}, extra_rows={"SFT Model": "dense"}))
-    recipe = quantization_recipe(rows={"Base Model": "dense"}, extra_rows={"Ours 3bit": "x"}, simulated=["Ours 3bit"])
-    points = quantization_tradeoff.measured(recipe, frame(scored("dense", 0.5, 1, 1) + scored("x", 0.4, 1, 1)))
-    assert set(points[points["simulated"]]["row"]) == {"Ours 3bit"}
-    assert list(dict.fromkeys(points["row"])) == ["Base Model", "Ours 3bit"]
-
-
-def test_published_score_and_megabyte_fit_the_published_table():
-    points = quantization_tradeoff.published(PAPERS).set_index(["row", "quantity"])
-    assert list(dict.fromkeys(name for name, _ in points.index)) == list(quantization_tradeoff.ROWS)
-    for name, accuracy, score in (
-        ("Base Model", 0.4434250764525994, 0.18454535780550227),
-        ("GPTQ 4bit calib2000", 0.4490316004077472, 0.7546139444603261),
-        ("SmoothQuant W4A8 calib200", 0.43730886850152906, 0.16429010680811856),
-    ):
-        assert points.loc[(name, "accuracy"), "value"] == pytest.approx(100 * accuracy, rel=1e-12)
-        assert points.loc[(name, "score_acc_over_vram"), "value"] == pytest.approx(score, rel=1e-12)
-        # The sum over the 1962 questions is a whole number of 512-byte blocks: an MB is 2**20 bytes.
-        blocks = points.loc[(name, "avg_peak_vram_MB"), "value"] * 1962 * style.MB / 512
-        assert blocks == pytest.approx(round(blocks), abs=1e-4)
-    half = points.loc[("Base Model", "accuracy"), "error"]
-    assert half == pytest.approx(1.959963984540054 * 100 * math.sqrt((870 / 1962) * (1092 / 1962) / 1962))
 
 
 # --- engine_speedup

@@ -20,6 +20,7 @@ from espalier import plugins
 RUNS = "results/demo/runs"
 LLAMA = f"{RUNS}/tiny-llama/s0"
 BERT = f"{RUNS}/tiny-bert/s0"
+CHECK = "results/demo/tables/calibration.json"
 TABLES = {"results/demo/tables/metrics.csv", "results/demo/tables/quantization.json"}
 
 
@@ -35,7 +36,7 @@ STAND_IN = """
 import os, sys
 if len(sys.orig_argv) > 1 and sys.orig_argv[1].startswith("workflow/scripts/"):
     given = dict(zip(sys.orig_argv[2:], sys.orig_argv[3:]))
-    for path in filter(None, (given.get("--output"), given.get("--step"))):
+    for path in filter(None, (given.get("--output"), given.get("--step"), given.get("--paired"))):
         if path.endswith((".json", ".csv")):
             open(path, "w").close()
         elif "draw_figure" in sys.orig_argv[1]:
@@ -117,26 +118,43 @@ def test_learning_rate_of_lora(finished, edit):
     )
 
 
-def test_calibration_size_of_one_quantizer(finished, edit):
-    edit.config(lambda config: config["axes"].update(samples=[20, 100]))
-    edit.config(lambda config: config["figures"]["quantization_tradeoff"]["rows"].pop("GPTQ 4bit calib{samples}"))
-    edit.config(
-        lambda config: config["figures"]["quantization_tradeoff"]["rows"].update(
-            {"GPTQ 4bit calib20": "dense+sft+gptq-w4-n20", "GPTQ 4bit calib200": "dense+sft+gptq-w4-n100"}
-        )
-    )
-    new = f"{LLAMA}/dense+sft+gptq-w4-n100"
-    made = {f"{new}/model", f"{new}/evaluate/zero-shot.json", f"{new}/profile/scoring.json"}
-    assert jobs(finished) == made | TABLES | chart("quantization_tradeoff")
+def test_one_calibration_size(finished, edit):
+    def change(config):
+        config["axes"]["samples"] = [20, 200, 1000]
+        rows = config["figures"]["quantization_tradeoff"]["rows"]
+        for name, recipe in (("GPTQ 4bit", "gptq-w4"), ("SmoothQuant W8A8", "sq-w8a8")):
+            del rows[f"{name} calib{{samples}}"]
+            sizes = {20: 20, 200: 200, 2000: 1000}
+            rows |= {f"{name} calib{size}": f"dense+sft+{recipe}-n{new}" for size, new in sizes.items()}
+
+    edit.config(change)
+    expected = everything(finished, "-n1000/")
+    assert {path.split("/")[5] for path in expected} == {"dense+sft+gptq-w4-n1000", "dense+sft+sq-w8a8-n1000"}
+    assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff") | {CHECK}
 
 
 def test_content_of_one_calibration_set(finished, edit):
     edit.config(lambda config: config["calibrations"].update({"general-{samples}": {
         "text": {"dataset": "world", "split": "calibration"}, 
         "samples": "{samples}", "length": 32, "seed": 1234}}))  # fmt: skip
-    expected = everything(finished, "gptq-w4-n")
-    assert len(expected) == 6
-    assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff")
+    expected = everything(finished, "+gptq-w4-n", "+sq-w", "+awq-")
+    assert len({path.split("/")[5] for path in expected}) == 3 + 4 + 1
+    assert jobs(finished) == expected | TABLES | chart("quantization_tradeoff") | {CHECK}
+
+
+@pytest.mark.parametrize("change", [{"samples": 11}, {"seed": 1}], ids=str)
+def test_samples_and_seed_of_one_calibration_set(finished, edit, change):
+    edit.config(lambda config: config["calibrations"]["few"].update(change))
+    expected = everything(finished, "+taylor-3/", "+llm-pruner/", "+llm-pruner+")
+    assert {path.split("/")[5] for path in expected} == {"dense+taylor-3", "dense+llm-pruner", "dense+llm-pruner+lora"}
+    charts = chart("size_tradeoff", "latency_throughput", "block_importance")
+    assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | charts | {CHECK}
+
+
+def test_one_more_suite_checks_calibration_again_and_makes_no_model_again(finished, edit):
+    more = {"evaluate": "perplexity", "text": {"dataset": "world", "split": "heldout"}, "window": 64}
+    edit.config(lambda config: config["suites"].update(more=more))
+    assert jobs(finished) == {CHECK}
 
 
 def test_task_list(finished, edit):
@@ -148,7 +166,7 @@ def test_task_list(finished, edit):
     edit.config(drop)
     expected = everything(finished, "evaluate/zero-shot.json")
     assert expected
-    assert jobs(finished) == expected | TABLES | chart("size_tradeoff", "quantization_tradeoff")
+    assert jobs(finished) == expected | TABLES | chart("size_tradeoff", "quantization_tradeoff") | {CHECK}
 
 
 def test_title_of_a_chart(finished, edit):
@@ -209,7 +227,7 @@ def test_code_of_an_engine(finished, edit):
 def test_shared_helper(finished, edit):
     edit.text("workflow/espalier/checkpoints.py", 'DESCRIPTION = "espalier.json"', 'DESCRIPTION = "describe.json"')
     everything_that_loads = everything(finished, "/runs/")
-    assert jobs(finished) == everything_that_loads | TABLES | chart(*plugins.names("figures"))
+    assert jobs(finished) == everything_that_loads | TABLES | chart(*plugins.names("figures")) | {CHECK}
 
 
 def test_drawing_code(finished, edit):
@@ -252,7 +270,7 @@ def test_deleted_charts_and_tables_are_all_that_is_made_again(finished):
     for path, aside in hidden.items():
         path.rename(aside)
     try:
-        assert jobs(finished) == TABLES | charts
+        assert jobs(finished) == TABLES | charts | {CHECK}
     finally:
         for path, aside in hidden.items():
             aside.rename(path)

@@ -28,8 +28,13 @@ def test_frame_has_fixed_columns_and_whole_numbers():
     assert tuple(frame.columns) == tables.COLUMNS
     assert (
         frame.to_csv(index=False).splitlines()[1]
-        == "s,m,0,dense,evaluate,suite,t,acc,0.5,0.1,4,fraction,,,,,ok,7,32.0,CPU: cpu"
+        == "s,m,0,dense,evaluate,suite,t,acc,0.5,0.1,4,fraction,,,,,ok,7,32.0,float,CPU: cpu"
     )
+
+
+def test_arithmetic_is_what_the_checkpoint_says_and_else_float():
+    packed = result(checkpoint=result()["checkpoint"] | {"arithmetic": "unpacked"})
+    assert [row["arithmetic"] for row in tables.tidy([packed, result()])] == ["unpacked", "float"]
 
 
 def test_mixed_devices_libraries_and_code_are_told():

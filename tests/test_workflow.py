@@ -104,6 +104,22 @@ def test_quantization_table_has_the_published_names_and_keys(smoke):
         assert values["score_acc_over_vram"] == pytest.approx(1000 * values["accuracy"] / values["avg_peak_vram_MB"])
 
 
+def test_every_two_rows_of_the_quantization_table_are_compared(smoke):
+    pairs = rows(smoke / "results/smoke/tables/quantization_paired.csv")
+    assert [(pair["row"], pair["versus"], pair["seed"], pair["n"]) for pair in pairs] == [
+        ("BnB 4-bit Model", "Base Model", "3", "24"),
+        ("GPTQ 4bit calib20", "Base Model", "3", "24"),
+        ("GPTQ 4bit calib20", "BnB 4-bit Model", "3", "24"),
+    ]
+    accuracy = {
+        name: values["accuracy"]
+        for name, values in json.loads((smoke / "results/smoke/tables/quantization.json").read_text()).items()
+    }
+    for pair in pairs:
+        difference = (int(pair["only_row"]) - int(pair["only_versus"])) / 24
+        assert difference == pytest.approx(accuracy[pair["row"]] - accuracy[pair["versus"]])
+
+
 def test_results_say_what_made_them(smoke):
     for path in (smoke / "results/smoke/runs").rglob("evaluate/*.json"):
         origin = json.loads(path.read_text())["provenance"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SCHEMA = Path(__file__).parents[1] / "schemas" / "result.schema.json"
 COLUMNS = (
     *("study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"),
-    *("engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "device"),
+    *("engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "arithmetic", "device"),
 )
 
 
@@ -43,6 +43,7 @@ def tidy(results: Iterable[dict]) -> list[dict]:
             row |= {key: identity[key] for key in ("study", "model", "seed", "chain")}
             row |= {"kind": result["kind"], "suite": identity["name"], "outcome": "ok"}
             row |= {key: checkpoint.get(key) for key in ("parameters", "bits")}
+            row |= {"arithmetic": checkpoint.get("arithmetic", "float")}
             row |= {"device": _device(result["provenance"]["device"])}
             rows.append(row | measurement)
     return sorted(rows, key=_order)

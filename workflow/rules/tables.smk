@@ -1,10 +1,10 @@
 """Tables: tidy rows of raw results.
 
 In:  raw results
-Out: tables/metrics.csv  tables/quantization.json
+Out: tables/metrics.csv  tables/quantization.json  tables/quantization_paired.csv
 """
 
-TABLES = [f"{STUDY.root}/tables/metrics.csv"]
+TABLES = [f"{STUDY.root}/tables/metrics.csv", f"{STUDY.root}/tables/calibration.json"]
 
 
 rule make_metrics:
@@ -31,10 +31,10 @@ rule make_metrics:
 
 
 if "quantization_tradeoff" in STUDY.resolved.figures:
-    TABLES.append(f"{STUDY.root}/tables/quantization.json")
+    TABLES += [f"{STUDY.root}/tables/{name}" for name in ("quantization.json", "quantization_paired.csv")]
 
     rule make_quantization_table:
-        """Make the table of quantized variants with the published table's names and keys."""
+        """Make the table of quantized variants with the published table's names and keys, and their paired tests."""
         input:
             results=STUDY.figure_results("quantization_tradeoff"),
         output:
@@ -43,6 +43,12 @@ if "quantization_tradeoff" in STUDY.resolved.figures:
                 caption="../report/quantization.rst",
                 category="Tables",
                 labels={"table": "quantized variants"},
+            ),
+            paired=report(
+                f"{STUDY.root}/tables/quantization_paired.csv",
+                caption="../report/quantization_paired.rst",
+                category="Tables",
+                labels={"table": "quantized variants, paired tests"},
             ),
         log:
             f"{STUDY.root}/logs/make_quantization_table.log",
@@ -55,7 +61,7 @@ if "quantization_tradeoff" in STUDY.resolved.figures:
             code=STUDY.code("make_quantization_table.py"),
         shell:
             "python workflow/scripts/make_quantization_table.py --recipe {params.recipe:q} --results {input.results}"
-            " --output {output.table} 2>&1 | tee {log}"
+            " --output {output.table} --paired {output.paired} 2>&1 | tee {log}"
 
 
 rule tables:

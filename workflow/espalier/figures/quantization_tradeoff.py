@@ -1,8 +1,7 @@
 """Accuracy, time, speed, memory, and accuracy per memory of one model in many low-bit forms.
 
-The numbers are those of a published comparison of 11 variants of a small language model; the chart is ours. Time is
-the time to score a question (all its choices, batch 1), not to generate; memory is the mean over questions of each
-question's peak. `score` and `row_values` define the table's numbers for everything that prints them.
+The numbers are those of a published comparison of 11 variants of a small language model (`quantization_rows.py`); the
+chart is ours. Each row is tested against Base Model, or else the first row, on the same questions (`paired.py`).
 """
 
 from __future__ import annotations
@@ -12,37 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espalier import tables
 from espalier.errors import UserError
 from espalier.figures import (
     ORIGIN_COLUMNS,
     Estimate,
     Need,
     check_names,
-    mean_over_tasks,
     origin,
-    over_seeds,
     read_published,
-    select,
     style,
 )
+from espalier.quantization_rows import KEYS, METRICS, ROWS, chains, estimates, pairs, score_of, tests_against_first
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-ROWS = (
-    "Base Model",
-    "SFT Model",
-    "BnB 4-bit Model",
-    "BnB 8-bit Model",
-    "GPTQ 4bit calib20",
-    "GPTQ 4bit calib200",
-    "GPTQ 4bit calib2000",
-    "SmoothQuant W8A8 calib20",
-    "SmoothQuant W8A8 calib200",
-    "SmoothQuant W8A8 calib2000",
-    "SmoothQuant W4A8 calib200",
-)
+SAMPLES = True  # `measured` gets the raw results: a paired test needs the outcome of each question
 # Family, by how a row's name starts → colour; rows of other names are grouped under "Other".
 FAMILIES = {
     "Base": "#4D4D4D",
@@ -50,32 +37,24 @@ FAMILIES = {
     "BnB": style.ORANGE,
     "GPTQ": style.BLUE,
     "SmoothQuant": style.GREEN,
+    "AWQ": style.VERMILION,
+    "RTN": style.SKY,
     "Other": style.PURPLE,
 }
-# Key of the table → metric of the profile.
-METRICS = {
-    "avg_time_s": "time_per_question",
-    "tokens_per_s": "tokens_per_second",
-    "avg_peak_vram_MB": "peak_allocated_per_question",
-}
-KEYS = ("accuracy", *METRICS, "score_acc_over_vram")
 Z95 = 1.959963984540054
+SIGNIFICANT = 0.05
+# What a result says that its products are computed in → what the chart says of it.
+ARITHMETIC = {
+    "float": "weights multiplied as they are stored",
+    "unpacked": "stored in few bits, unpacked to floating point for each product",
+    "integer": "products of integers",
+    "simulated": "rounded values computed in floating point",
+}
+# Columns of an accuracy's paired test → those of `paired.COLUMNS`.
+PAIRED = {"versus": "versus", "only_this": "only_row", "only_other": "only_versus", "p_value": "p_value"}
 COLUMNS = (
-    "row",
-    "family",
-    "quantity",
-    "value",
-    "error",
-    "low",
-    "high",
-    "unit",
-    "seeds",
-    "n",
-    "outcome",
-    "simulated",
-    "chain",
-    "bits",
-    *ORIGIN_COLUMNS,
+    *("row", "family", "quantity", "value", "stderr", "error", "low", "high", "unit", "seeds", "n", "outcome"),
+    *("arithmetic", "chain", "bits", *PAIRED, *ORIGIN_COLUMNS),
 )
 PUBLISHED_TITLE = "Quantization of a 1 B model (published)"
 
@@ -91,7 +70,6 @@ class Recipe:
     workload: str  # profile that scores questions
     rows: dict[str, str]  # name of `ROWS` → chain
     extra_rows: dict[str, str] = field(default_factory=dict)  # any other name → chain
-    simulated: list[str] = field(default_factory=list)  # rows whose low-bit arithmetic is computed in floating point
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -101,94 +79,53 @@ def needs(recipe: Recipe) -> list[Need]:
     for name in recipe.extra_rows:
         if name in ROWS:
             raise UserError(f"{where}, extra_rows: '{name}' is a row of the table; name it under rows.")
-    check_names(recipe.simulated, _chains(recipe), f"{where}, simulated")
     found = (
         Need(recipe.model, chain, kind, name)
-        for chain in _chains(recipe).values()
+        for chain in chains(recipe).values()
         for kind, name in (("evaluate", recipe.suite), ("profile", recipe.workload))
     )
     return list(dict.fromkeys(found))
 
 
-def score(accuracy: float, peak_MB: float) -> float:
-    """Return 1000 · accuracy (a fraction) / peak memory in MB of 2**20 bytes: the table's `score_acc_over_vram`."""
-    return 1000.0 * accuracy / peak_MB
+def measured(recipe: Recipe, results: list[dict]) -> DataFrame:
+    """Return one point a row and quantity, in plotted units; `error` is half of the 95% interval [`low`, `high`].
 
-
-def row_values(recipe: Recipe, metrics: DataFrame) -> dict[str, dict[str, float | None]]:
-    """Return row name → the published table's keys (`KEYS`), None where there is no value (out of memory)."""
-    return {
-        name: {key: estimates[key].value for key in KEYS}
-        for name, (estimates, _) in _estimates(recipe, metrics).items()
-    }
-
-
-def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
-    """Return one point a row and quantity, in plotted units; `error` is half of the 95% interval [`low`, `high`]."""
+    An accuracy has the paired test against `versus`: how many questions only this row and only the other gets right,
+    and p. Of several seeds it is the one with the largest p.
+    """
     needs(recipe)
-    chains = _chains(recipe)
+    tests = tests_against_first(pairs(recipe, results))
     points = []
-    for name, (estimates, rows) in _estimates(recipe, metrics).items():
+    for name, (of_row, rows) in estimates(recipe, tables.frame(results)).items():
         bits = {row["bits"] for row in rows if row.get("bits") is not None}
         about = {
-            "simulated": name in recipe.simulated,
-            "chain": chains[name],
+            "arithmetic": " + ".join(sorted({row["arithmetic"] for row in rows})),
+            "chain": chains(recipe)[name],
             "bits": bits.pop() if len(bits) == 1 else None,
         } | origin(rows)
-        points += [_point(name, key, estimates[key], about) for key in KEYS]
+        points += [_point(name, key, of_row[key], about) for key in KEYS]
+        if name in tests:
+            points[-len(KEYS)] |= {column: tests[name][key] for column, key in PAIRED.items()}
     return _frame(points)
 
 
 def published(folder: Path) -> DataFrame:
-    """Return the published table as points; accuracy is a fraction of n questions, so its interval is known."""
+    """Return the published table as points; accuracy is a fraction of n questions, so its interval is known.
+
+    The outcome of each question was not published, so there is no paired test.
+    """
     rows = read_published(
         folder / "quantization_tradeoff.csv", ("row", "correct", "n", *METRICS, "simulated", "outcome", *ORIGIN_COLUMNS)
     )
     points = []
     for row in rows.to_dict("records"):
         share, count = row["correct"] / row["n"], row["n"]
-        estimates = {key: Estimate(row[key], seeds=1) for key in METRICS}
-        estimates["accuracy"] = Estimate(share, math.sqrt(share * (1 - share) / count), seeds=1, n=count)
-        estimates["score_acc_over_vram"] = _score(estimates)
-        about = {key: row[key] for key in ("simulated", *ORIGIN_COLUMNS)} | {"chain": None, "bits": None}
-        points += [_point(row["row"], key, estimates[key], about) for key in KEYS]
+        of_row = {key: Estimate(row[key], seeds=1) for key in METRICS}
+        of_row["accuracy"] = Estimate(share, math.sqrt(share * (1 - share) / count), seeds=1, n=count)
+        of_row["score_acc_over_vram"] = score_of(of_row["accuracy"], of_row["avg_peak_vram_MB"])
+        about = {key: row[key] for key in ORIGIN_COLUMNS} | {"arithmetic": "simulated" if row["simulated"] else None}
+        points += [_point(row["row"], key, of_row[key], about) for key in KEYS]
     return _frame(points)
-
-
-def _chains(recipe: Recipe) -> dict[str, str]:
-    ordered = {name: recipe.rows[name] for name in ROWS if name in recipe.rows}
-    return ordered | recipe.extra_rows
-
-
-def _estimates(recipe: Recipe, metrics: DataFrame) -> dict[str, tuple[dict[str, Estimate], list[dict]]]:
-    found = {}
-    where = f"figure '{recipe.title}'"
-    for name, chain in _chains(recipe).items():
-        about = {"model": recipe.model, "chain": chain}
-        scored = select(metrics, kind="evaluate", suite=recipe.suite, **about)
-        profiled = select(metrics, kind="profile", suite=recipe.workload, **about)
-        if not (scored or profiled):
-            continue
-        estimates = {
-            "accuracy": mean_over_tasks(scored, recipe.tasks, where) if scored else Estimate(outcome="missing")
-        }
-        for key, metric in METRICS.items():
-            estimates[key] = over_seeds([row for row in profiled if row["metric"] == metric], f"{where}, row '{name}'")
-        estimates["avg_peak_vram_MB"] = estimates["avg_peak_vram_MB"].scaled(1 / style.MB)
-        estimates["score_acc_over_vram"] = _score(estimates)
-        found[name] = (estimates, scored + profiled)
-    return found
-
-
-def _score(estimates: dict[str, Estimate]) -> Estimate:
-    accuracy, memory = estimates["accuracy"], estimates["avg_peak_vram_MB"]
-    if accuracy.value is None or not memory.value:
-        bad = memory if accuracy.value is not None else accuracy
-        return Estimate(outcome=bad.outcome if bad.outcome != "ok" else "missing")
-    # Relative errors add in quadrature; memory's is near zero, so the interval is almost that of the accuracy.
-    value = score(accuracy.value, memory.value)
-    relative = [one.error / one.value for one in (accuracy, memory) if one.error is not None and one.value]
-    return Estimate(value, value * math.hypot(*relative) if relative else None, None, accuracy.seeds, accuracy.n)
 
 
 def _point(name: str, key: str, estimate: Estimate, about: dict) -> dict:
@@ -205,6 +142,7 @@ def _point(name: str, key: str, estimate: Estimate, about: dict) -> dict:
         "family": next((family for family in FAMILIES if name.startswith(family)), "Other"),
         "quantity": key,
         "value": estimate.value,
+        "stderr": estimate.stderr,
         "error": error,
         "low": None if error is None else estimate.value - error,
         "high": None if error is None else estimate.value + error,
@@ -219,38 +157,64 @@ def _frame(points: list[dict]) -> DataFrame:
     import pandas as pd
 
     frame = pd.DataFrame(points, columns=list(COLUMNS))
-    for column in ("value", "error", "low", "high"):
-        frame[column] = frame[column].astype("float64")
-    return frame
+    numbers = dict.fromkeys(("value", "stderr", "error", "low", "high", "p_value"), "float64")
+    return frame.astype(numbers | dict.fromkeys(("seeds", "n", "only_this", "only_other"), "Int64"))
 
 
 def draw(points: DataFrame, title: str, note: str = "") -> Figure:
-    """Draw five panels of horizontal bars that share their rows; hatched rows simulate their low-bit arithmetic."""
+    """Draw five panels that share their rows: accuracies as dots with 95% intervals on an axis of their own, then bars.
+
+    Hatched rows and hollow dots simulate their low-bit arithmetic; a star marks an accuracy that differs from that of
+    the first row.
+    """
     from matplotlib.patches import Patch
 
     with style.styled():
         order = list(dict.fromkeys(name for name in (*ROWS, *points["row"]) if name in set(points["row"])))
-        figure = style.new_figure(12.4, 0.9 + 0.27 * max(4, len(order)))
-        grid = figure.subplots(1, len(KEYS), sharey=True, width_ratios=[1.1, 1, 1, 1, 1])
+        figure = style.new_figure(13.4, 0.9 + 0.27 * max(4, len(order)))
+        grid = figure.subplots(1, len(KEYS), sharey=True, width_ratios=[1.5, 1, 1, 1, 1])
+        other = _compared_with(points, order)
         devices = sorted(set(points["device"].dropna()) - {""})
         names = dict(zip(KEYS, _axis_names(devices), strict=True))
         for axes, key in zip(grid, KEYS, strict=True):
             of_key = {row["row"]: row for row in points[points["quantity"] == key].to_dict("records")}
-            _draw_bars(axes, [of_key.get(name) for name in order])
+            (_draw_dots if key == "accuracy" else _draw_bars)(axes, [of_key.get(name) for name in order])
+            if key == "accuracy" and other in of_key:
+                _draw_band(axes, of_key[other])
             axes.set_title(names[key])
+        said = [word for word in ARITHMETIC if points["arithmetic"].str.contains(word, na=False).any()]
         if order:
-            grid[0].set_yticks(range(len(order)), order)
-            grid[0].set_ylim(len(order) - 0.4, -0.6)
+            words = points.drop_duplicates("row").set_index("row")["arithmetic"].dropna()
+            _name_rows(grid[0], order, [words.get(name, "") for name in order])
         families = [family for family in FAMILIES if family in set(points["family"])]
         handles = [Patch(facecolor=FAMILIES[family], label=family) for family in families]
-        if points["simulated"].astype(bool).any():
+        if "simulated" in said:
             handles.append(Patch(facecolor="white", edgecolor="#333333", hatch="////", label="simulated arithmetic"))
-        footer = style.footer_lines(points, ROWS, note, column="row")
-        if points["error"].notna().any():
-            n = points[points["quantity"] == "accuracy"]["n"].dropna()
-            footer.append(f"Whiskers: 95% interval{f' (n = {int(n.max())} questions)' if len(n) else ''}.")
+        footer = style.footer_lines(points, ROWS, note, column="row") + _about_intervals(points, other)
+        if len(said) > 1:
+            footer.append(f"Grey words, how products are computed: {'; '.join(f'{w}: {ARITHMETIC[w]}' for w in said)}.")
         style.frame(figure, title, handles, footer)
     return figure
+
+
+def _compared_with(points: DataFrame, order: list[str]) -> str | None:
+    """Return the row that all others are compared with: that of the tests, or else the first."""
+    return next(iter(points["versus"].dropna()), order[0] if order else None)
+
+
+def _about_intervals(points: DataFrame, other: str | None) -> list[str]:
+    accuracies = points[(points["quantity"] == "accuracy") & points["error"].notna()]
+    if accuracies.empty:
+        return []
+    count = accuracies["n"].max()
+    lines = [f"Whiskers: 95% interval (n = {count} questions); the grey band is that of {other}."]
+    tested = accuracies["p_value"].dropna()
+    differs = f"from {other} at p < {SIGNIFICANT} (McNemar's exact test on the same questions)."
+    if len(tested):
+        lines.append(f"* differs {differs}" if (tested < SIGNIFICANT).any() else f"No row differs {differs}")
+    elif len(accuracies) > 1:
+        lines.append("Rows whose dots lie within each other's whiskers cannot be told apart by these numbers.")
+    return lines
 
 
 def _axis_names(devices: list[str]) -> tuple[str, ...]:
@@ -258,14 +222,57 @@ def _axis_names(devices: list[str]) -> tuple[str, ...]:
     return "Accuracy (%)", "Time per question (s)", "Speed (tokens/s)", memory, "1000 · accuracy / MB"
 
 
-def _draw_bars(axes, rows: list[dict | None]) -> None:
+def _name_rows(axes: Axes, order: list[str], words: list[str]) -> None:
+    """Write each row's name, and between name and axis in small grey letters how its products are computed."""
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.tick_params(axis="y", pad=5 + (6 + 3.9 * max(map(len, words)) if any(words) else 0))
+    for place, word in enumerate(words):
+        look = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 7}
+        axes.text(-0.02, place, word, color=style.MUTED, **look)
+
+
+def _draw_dots(axes: Axes, rows: list[dict | None]) -> None:
+    """Draw accuracies as dots with whiskers; bars from zero would hide intervals of a few percent."""
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    ends = [row[end] for row in rows if _has(row) for end in ("value", "low", "high") if row[end] == row[end]]
+    low, high = (min(ends), max(ends)) if ends else (0, 100)
+    room = (high - low) or 1
+    axes.set_xlim(low - 0.06 * room, high + 0.24 * room)
+    for place, row in enumerate(rows):
+        if not _has(row):
+            _draw_gap(axes, place, row)
+            continue
+        error = row["error"] if row["error"] == row["error"] else 0.0
+        colour = FAMILIES[row["family"]]
+        axes.errorbar(
+            row["value"],
+            place,
+            xerr=error or None,
+            fmt="o",
+            markersize=5.5,
+            color=colour,
+            markerfacecolor="white" if _simulated(row) else colour,
+            **style.ERROR_BAR | {"ecolor": colour},
+        )
+        mark = " *" if row["p_value"] < SIGNIFICANT else ""
+        _write(axes, style.number_label(row["value"]) + mark, row["value"] + error, place)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _draw_band(axes: Axes, row: dict) -> None:
+    if row["error"] == row["error"]:
+        axes.axvspan(row["low"], row["high"], color=FAMILIES["Base"], alpha=0.12, linewidth=0, zorder=0)
+
+
+def _draw_bars(axes: Axes, rows: list[dict | None]) -> None:
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
     largest = max((row["high"] if row["high"] == row["high"] else row["value"] for row in rows if _has(row)), default=1)
     for place, row in enumerate(rows):
         if not _has(row):
-            if row is not None and row["outcome"] == "oom":
-                style.mark_gap(axes, place, horizontal=True)
+            _draw_gap(axes, place, row)
             continue
         error = row["error"] if row["error"] == row["error"] else 0.0
         axes.barh(
@@ -273,16 +280,28 @@ def _draw_bars(axes, rows: list[dict | None]) -> None:
             row["value"],
             0.72,
             color=FAMILIES[row["family"]],
-            hatch="////" if row["simulated"] is True or row["simulated"] == 1 else None,
+            hatch="////" if _simulated(row) else None,
             edgecolor="white",
             linewidth=0,
             xerr=error or None,
             error_kw=style.ERROR_BAR,
         )
-        text = style.number_label(row["value"])
-        axes.annotate(text, (row["value"] + error, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+        _write(axes, style.number_label(row["value"]), row["value"] + error, place)
     axes.set_xlim(0, largest * 1.3)
     axes.locator_params(axis="x", nbins=4)
+
+
+def _write(axes: Axes, text: str, right: float, place: int) -> None:
+    axes.annotate(text, (right, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+
+
+def _draw_gap(axes: Axes, place: int, row: dict | None) -> None:
+    if row is not None and row["outcome"] == "oom":
+        style.mark_gap(axes, place, horizontal=True)
+
+
+def _simulated(row: dict) -> bool:
+    return "simulated" in str(row["arithmetic"])
 
 
 def _has(row: dict | None) -> bool:
