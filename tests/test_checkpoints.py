@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from espalier import checkpoints
+from espalier.errors import UserError
 from tiny import llama
 
 
@@ -23,3 +26,12 @@ def test_settings_that_are_valid_stay_as_they_are(tmp_path):
     (tmp_path / "child").mkdir()
     checkpoints.save(checkpoint.model, checkpoint.tokenizer, tmp_path / "child", checkpoint.info)
     assert not GenerationConfig.from_pretrained(tmp_path / "child").do_sample
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    """transformers would fill the gap with random numbers and say so in its log alone."""
+    folder = llama(tmp_path / "model")
+    stored, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    save_file({key: one for key, one in stored.items() if key != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"model cannot be loaded: its files lack weights of the model, such as {name}"):
+        checkpoints.load(folder, "cpu")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from espalier import checkpoints, lowbit_loading, plugins, recipes
 from espalier.errors import UserError
@@ -108,6 +109,18 @@ def test_the_config_is_one_that_compressed_tensors_reads(made, recipe):
     assert read.format == ("int-quantized" if recipe == W8A8 else "pack-quantized")
     scheme = Scheme(**{"group_size": -1, "symmetric": False, "activations": None, **recipe})
     assert lowbit_loading.scheme_of(config) == scheme
+
+
+@pytest.mark.parametrize("recipe", [W8A8, W4A8], ids=str)
+def test_files_without_a_weight_or_with_one_too_many_are_refused(made, recipe, tmp_path):
+    folder = shutil.copytree(made(**recipe), tmp_path / "copy")
+    stored, name = load_file(folder / "model.safetensors"), "model.layers.1.self_attn.k_proj.weight_scale"
+    save_file({key: one for key, one in stored.items() if key != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"copy cannot be loaded: its files lack weights of the model, such as {name}"):
+        checkpoints.load(folder, "cpu")
+    save_file({**stored, f"{name}s": stored[name].clone()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"its weights have no place in the model, such as {name}s"):
+        checkpoints.load(folder, "cpu")
 
 
 def test_integer_products_need_one_symmetric_scale_a_row():

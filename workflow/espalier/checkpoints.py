@@ -163,7 +163,7 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
             kernel = info.get("kernel", "auto")
             model = gptq_loading.load(source, weights_dtype(folder), device, kernel, **options)
         else:
-            model = _load_transformers(source, revision, TASKS[task], info, device, options)
+            model = _load_transformers(source, revision, task, info, device, options)
     model.eval()
     return Checkpoint(model, tokenizer, info, folder, device)
 
@@ -278,18 +278,22 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _load_transformers(source, revision, auto_class: str, info: dict, device: str, options: dict):
+def _load_transformers(source, revision, task: str, info: dict, device: str, options: dict):
     import transformers
 
     options = {"dtype": info.get("dtype", "auto"), **options}
     if info["format"] == "bitsandbytes":
         options["device_map"] = {"": device}
-    loader = getattr(transformers, auto_class)
+    loader = getattr(transformers, TASKS[task])
     if info["format"] == "compressed-tensors":
-        return lowbit_loading.load(loader, source, device, **options)
-    model = loader.from_pretrained(
-        source, revision=revision, trust_remote_code=info.get("trust_remote_code", False), **options
-    )
+        model, found = lowbit_loading.load(loader, source, device, **options)
+    else:
+        trust = info.get("trust_remote_code", False)
+        model, found = loader.from_pretrained(
+            source, revision=revision, trust_remote_code=trust, output_loading_info=True, **options
+        )
+    if task == info["task"] and found["missing_keys"]:  # transformers would make them up
+        raise ValueError(f"its files lack weights of the model, such as {min(found['missing_keys'])}")
     return model if "device_map" in options else model.to(device)
 
 

@@ -57,14 +57,21 @@ def scheme_of(described: dict) -> Scheme:
     )
 
 
-def load(auto_class: Any, source: Path, device: str, **options: Any) -> PreTrainedModel:
-    """Return a model of packed integers, by a class such as AutoModelForCausalLM; `options` need the dtype."""
+def load(auto_class: Any, source: Path, device: str, **options: Any) -> tuple[PreTrainedModel, dict]:
+    """Return a model of packed integers, by a class such as AutoModelForCausalLM, and transformers' loading report.
+
+    `options` need the dtype. Raises ValueError for weights that the config does not describe.
+    """
     from transformers import AutoConfig
 
     _know_layers()
     config = AutoConfig.from_pretrained(source)
     config.quantization_config = {**config.quantization_config, "quant_method": "espalier"}
-    return auto_class.from_pretrained(source, config=config, **{"device_map": {"": device}, **options})
+    options = {"device_map": {"": device}, **options}
+    model, found = auto_class.from_pretrained(source, config=config, output_loading_info=True, **options)
+    if found["unexpected_keys"]:
+        raise ValueError(f"its weights have no place in the model, such as {min(found['unexpected_keys'])}")
+    return model, found
 
 
 def _know_layers() -> None:
