@@ -2,6 +2,7 @@
 # make lint    ruff, snakefmt, snakemake --lint                   make docs    write the reference of the config
 # make format  put the code into its format                       make clean   remove what the demo made
 # make bench-prune   time and memory of every pruning method, as ratios to one forward pass of the calibration set
+# make bench-quantize   time and memory of quantized models, as ratios to float32 and bfloat16 ones
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check-demo bench-prune lint format docs clean install
+.PHONY: demo test check-demo bench-prune bench-quantize lint format docs clean install
 
 demo: $(INSTALLED)
 	snakemake --cores all
@@ -32,6 +33,9 @@ check-demo: $(INSTALLED)
 
 bench-prune: $(INSTALLED)
 	python tests/benchmarks/prune.py
+
+bench-quantize: $(INSTALLED)
+	python tests/benchmarks/quantize.py
 
 lint: $(INSTALLED)
 	ruff check .

@@ -17,11 +17,10 @@ import pytest
 import yaml
 
 from conftest import ROOT, copy_project, snakemake
-from espalier import config, glue_tasks, plugins, reference
+from espalier import config, glue_tasks, plugins, quantization_rows, reference
 from espalier.config import expand
 from espalier.data import Calibration, Text
 from espalier.demo import dataset
-from espalier.figures import quantization_tradeoff
 from espalier.recipes import fields_of
 from espalier.study import Study
 
@@ -159,10 +158,10 @@ def test_the_table_of_metrics_names_exactly_those_of_the_code():
 
 def test_the_numbers_of_the_quantization_table_are_defined():
     known = metrics_of(LIBRARY / "profile" / "scoring.py")
-    assert set(quantization_tradeoff.METRICS.values()) <= known.keys()
+    assert set(quantization_rows.METRICS.values()) <= known.keys()
     text = page("docs/metrics.md")
     assert all(f"`{key}`" in text for key in ("avg_peak_vram_MB", "score_acc_over_vram"))
-    assert quantization_tradeoff.score(0.5, 250.0) == 1000 * 0.5 / 250
+    assert quantization_rows.score(0.5, 250.0) == 1000 * 0.5 / 250
 
 
 # Methods, modules, files ---------------------------------------------------------------------------------------------

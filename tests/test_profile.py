@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from espalier import checkpoints, plugins, recipes
+from espalier import checkpoints, memory, plugins, recipes
 from espalier.engines import hf
 from espalier.errors import UserError
 from espalier.profile import generation, scoring
@@ -23,7 +25,8 @@ class FakeEngine:
 
     name = "fake"
 
-    def __init__(self, room: float = math.inf, error: Exception | None = None, extra: int = 0):
+    def __init__(self, room: float = math.inf, error: Exception | None = None, extra: int = 0, device: str = "cpu"):
+        self.device = device
         self.room, self.error, self.extra = room, error or torch.OutOfMemoryError("CUDA out of memory."), extra
         self.now, self.calls, self.jitter = 0.0, [], iter(())
 
@@ -39,9 +42,17 @@ class FakeEngine:
         self.now += 1 + 0.1 * (output_tokens - 1) + next(self.jitter, 0.0)
         return [[0] * (output_tokens + self.extra)] * batch
 
-    def peak_allocated_bytes(self, token_ids, output_tokens, sampling):
+    def load(self, checkpoint):
+        pass
+
+    def allocated_bytes(self):
+        return 500 if self.calls else 900  # as a library that repacks weights when it first needs them
+
+    def peaks(self, token_ids, output_tokens, sampling):
         self.generate(token_ids, output_tokens, sampling)
-        return 1000 * len(token_ids)
+        return {
+            kind: size * len(token_ids) for kind, size in zip(memory.kinds(self.device), (1000, 1024), strict=False)
+        }
 
 
 def run(engine, **mapping):
@@ -59,8 +70,9 @@ def test_rates_follow_from_latencies():
     assert rows["decode_throughput", 5, 11, 4]["value"] == pytest.approx(4 * 10 / 1.0)
     assert rows["throughput", 5, 11, 1]["value"] == pytest.approx(11 / 2.0)
     assert rows["peak_allocated", 5, 11, 4]["value"] == 4000
+    assert rows["weights_allocated_after_forward", None, None, None]["value"] == 500
     assert {row["n"] for row in rows.values()} == {3, None}
-    assert len(rows) == 2 * 5
+    assert len(rows) == 2 * 5 + 1
     timing = {(one["output_tokens"], one["batch_size"]): one["seconds"] for one in samples["timings"]}
     assert timing[11, 4] == pytest.approx([2.0] * 3)
     assert timing[1, 1] == pytest.approx([1.0] * 3)
@@ -105,6 +117,26 @@ def test_running_out_of_memory_is_an_outcome_and_larger_batches_are_not_tried(er
     assert rows["time_to_first_token", 5, 1, 8]["outcome"] == "ok"
     assert rows["time_to_first_token", 5, 1, 16]["outcome"] == "oom"
     assert [one["seconds"] for one in samples["timings"] if one["batch_size"] == 16] == [None] * 4
+
+
+def test_generation_on_cuda_reports_what_is_reserved(monkeypatch):
+    shapes = {"input_tokens": [5], "output_tokens": [8], "batch_sizes": [2, 16]}
+    engine = FakeEngine(room=50, device="cuda")
+    timed, _ = run(engine, **shapes)
+    assert (timed["peak_allocated", 5, 8, 2]["value"], timed["peak_reserved", 5, 8, 2]["value"]) == (2000, 2048)
+    monkeypatch.setattr(
+        plugins, "load", lambda *_: SimpleNamespace(Engine=lambda device: FakeEngine(50, device=device))
+    )
+    monkeypatch.setattr(memory_workload, "prompt", lambda *_: list(range(100)))
+    monkeypatch.setattr(checkpoints, "weight_bytes", lambda _: 700)
+    checkpoint = SimpleNamespace(folder=None)
+    untimed = memory_workload.measure(checkpoint, memory_workload.Recipe(**shapes), seed=0, device="cuda")
+    found = {(row["metric"], row.get("batch_size")): row for row in untimed.measurements}
+    held = [found[name, None]["value"] for name in memory_workload.UNITS if name.startswith("weights")]
+    assert held == [900, 500, 700]
+    for rows in (found, {(key[0], key[3]): row for key, row in timed.items()}):
+        assert [rows[f"peak_{kind}", 2]["value"] for kind in ("allocated", "reserved")] == [2000, 2048]
+        assert [rows[f"peak_{kind}", 16]["outcome"] for kind in ("allocated", "reserved")] == ["oom"] * 2
 
 
 def test_other_errors_and_wrong_lengths_are_not_swallowed():
@@ -251,6 +283,66 @@ def test_question_times_and_tokens_a_second():
     assert found["peak_allocated_per_question"]["n"] == 2
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peaks_are_a_mean_over_some_questions_and_the_largest_of_all(device, monkeypatch):
+    sizes = [40, 20, 30, 60, 50]  # tokens; the longest is not among the two questions of the mean, 0 and 2
+    questions = [scoring.Question("t", i, [([0] * size, 1), ([0], 1)]) for i, size in enumerate(sizes)]
+    measured = []
+
+    def peaks(work, where, before):
+        assert (where, before) == (device, 7)
+        measured.append(sizes[work()])
+        return {kind: measured[-1] + 100 * place for place, kind in enumerate(memory.kinds(device))}
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    monkeypatch.setattr(memory, "allocated_bytes", lambda _: 7)
+    recipe = scoring_recipe(warmup=0, memory_questions=2)
+    rows, samples = scoring.measure_questions(questions, lambda question: question.doc_id, recipe, device)
+    found = {row["metric"]: (row["value"], row["n"]) for row in rows if "peak" in row["metric"]}
+    expected = {"peak_allocated_per_question": (35, 2), "max_peak_allocated_per_question": (60, 3)}
+    if device == "cuda":
+        expected |= {"peak_reserved_per_question": (135, 2), "max_peak_reserved_per_question": (160, 3)}
+    assert found == expected
+    assert measured == samples["memory"]["peak_allocated"] == [40, 30, 60]
+    assert samples["memory"]["in_mean"] == [True, True, False]
+
+
+class Changing(torch.nn.Module):
+    """A layer that changes the dtype of its weight in its first forward pass, as some libraries unpack or repack."""
+
+    def __init__(self, rows: int, before: torch.dtype, after: torch.dtype):
+        super().__init__()
+        self.weight, self.after = torch.zeros(rows, 1024, dtype=before), after
+
+    def forward(self, inputs):
+        self.weight = self.weight.to(self.after)
+        return inputs
+
+
+@pytest.mark.parametrize("workload", ["scoring", "memory", "generation"])
+def test_weights_that_change_in_the_first_forward_pass_are_counted_again(tmp_path, workload):
+    checkpoint = checkpoints.load(llama(tmp_path / "dense", layers=1, hidden=32, mlp=32), device="cpu")
+    layers = [Changing(128, torch.int8, torch.float32), Changing(40, torch.float32, torch.int8)]
+    for layer in layers:
+        checkpoint.model.model.norm.register_forward_pre_hook(lambda _, inputs, layer=layer: layer(inputs[0]))
+    held = memory.allocated_bytes("cpu")
+    if workload == "scoring":
+        question = scoring.Question("t", 0, [([3, 70, 21], 1)])
+        recipe = scoring_recipe(warmup=0, memory_questions=1)
+        answer = functools.partial(scoring.score, checkpoint.model, device="cpu")
+        rows, _ = scoring.measure_questions([question], answer, recipe, "cpu")
+    else:
+        module = plugins.load("profile", workload)
+        recipe = module.Recipe(input_tokens=[3], output_tokens=[2], batch_sizes=[1])
+        rows = module.measure(checkpoint, recipe, seed=0, device="cpu").measurements
+    found = {row["metric"]: row["value"] for row in rows}
+    assert found.get("weights_allocated", held) == held
+    grown = 3 * 1024 * (128 - 40)
+    assert found["weights_allocated_after_forward"] - held == pytest.approx(grown, abs=500)
+    peak = found["peak_allocated_per_question" if workload == "scoring" else "peak_allocated"]
+    assert 0 < peak - found["weights_allocated_after_forward"] < 60_000
+
+
 def test_scoring_out_of_memory_is_an_outcome():
     def answer(question):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -264,7 +356,7 @@ def test_scoring_measures_a_model(world, checkpoint):
     measured = scoring.measure(checkpoint, recipe, seed=0, device="cpu")
     json.dumps(measured)
     found = {row["metric"]: row for row in measured.measurements}
-    assert set(found) == set(scoring.UNITS)
+    assert set(found) == {name for name in scoring.UNITS if "reserved" not in name}
     assert found["time_per_question"]["n"] == 3
     # Beyond the weights: at least the logits of the longest choice.
     longest = max(
@@ -289,15 +381,15 @@ def test_memory_is_measured_untimed_and_a_shape_that_does_not_fit_is_a_row(check
         return {row["batch_size"]: row["value"] for row in rows}
 
     assert peaks(untimed) == pytest.approx(peaks(timed), rel=0.02)
-    assert {row["metric"] for row in untimed.measurements} == set(memory_workload.UNITS)
-    original = hf.Engine.peak_allocated_bytes
+    assert {row["metric"] for row in untimed.measurements} == set(memory_workload.UNITS) - {"peak_reserved"}
+    original = hf.Engine.peaks
 
     def full(self, prompts, output, sampling):
         if len(prompts) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return original(self, prompts, output, sampling)
 
-    monkeypatch.setattr(hf.Engine, "peak_allocated_bytes", full)
+    monkeypatch.setattr(hf.Engine, "peaks", full)
     rows = memory_workload.measure(checkpoint, memory_workload.Recipe(**shapes), seed=0, device="cpu").measurements
     outcomes = {row["batch_size"]: row.get("outcome", "ok") for row in rows if "batch_size" in row}
     assert outcomes == {1: "ok", 2: "oom"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT
 from espalier import checkpoints, lowbit_loading, plugins, recipes
 from espalier.errors import UserError
 from espalier.models.lowbit import LowBitLinear, Scheme
@@ -139,3 +141,28 @@ def test_groups_must_divide_every_layer_before_weights_are_read(dense, tmp_path,
 def test_quantized_parent_is_refused(made, tmp_path):
     with pytest.raises(UserError, match=r"is quantized already \(compressed-tensors\): round-to-nearest needs"):
         round_model(made(bits=2), tmp_path / "output", bits=4)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "workflow/scripts")
+import quantize_model
+from espalier import checkpoints
+# The weights are written, the description that makes a checkpoint of them is not.
+checkpoints.write_description = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+quantize_model.main(sys.argv[1:])
+"""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished_and_the_same_command_finishes(dense, tmp_path):
+    arguments = ["--parent", dense, "--recipe", json.dumps({"quantize": "round-to-nearest", **W4A8})]
+    arguments += ["--output", tmp_path / "model", "--step", tmp_path / "step.json", "--study", "s", "--model-name", "m"]
+    arguments += ["--seed", "0", "--chain", "dense+q", "--name", "q", "--device", "cpu"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "step.json").exists()
+    script = [sys.executable, "workflow/scripts/quantize_model.py"]
+    subprocess.run([*script, *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "step.json"}
+    assert logits(checkpoints.load(tmp_path / "model", "cpu").model).isfinite().all()

@@ -1,7 +1,7 @@
 """Memory that is true: what a model occupies after loading, and the peak while it works.
 
-On CUDA the allocator keeps both figures. On a CPU there is no such counter, and the process's resident size is mostly
-libraries, so the same two quantities are taken from torch itself: the bytes of every live tensor's storage, and the
+On CUDA the allocator keeps these figures. On a CPU there is no such counter, and the process's resident size is mostly
+libraries, so bytes alive and their peak are taken from torch itself: the bytes of every live tensor's storage, and the
 allocations and frees that torch's profiler records. Definitions for readers: docs/metrics.md.
 """
 
@@ -16,7 +16,8 @@ def allocated_bytes(device: str) -> int:
     """Return the bytes of all tensors alive on the device: weights, buffers, and whatever else is held.
 
     On a CPU these are the storages of all tensors that Python can see, each once, wherever they hang (such as in a
-    quantized weight's state). A storage that is only partly in use counts whole.
+    quantized weight's state). A storage that is only partly in use counts whole. Sparse tensors, and what a library
+    keeps in objects of C++, such as torch.ao's prepacked weights, are not seen.
     """
     import torch
 
@@ -30,16 +31,27 @@ def allocated_bytes(device: str) -> int:
             continue
         try:
             if item.device.type == "cpu":
-                storage = item.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                if item.layout == torch._mkldnn:  # in oneDNN's own order: it has memory, but no storage with an address
+                    storages[-id(item)] = item.numel() * item.itemsize
+                else:
+                    storage = item.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
         except (RuntimeError, NotImplementedError):
-            continue  # a sparse, meta or wrapper tensor: it has no storage of its own, its parts are seen by themselves
+            continue  # a wrapper, whose parts are seen by themselves, or a sparse tensor
     storages.pop(0, None)  # a storage without memory
     return sum(storages.values())
 
 
-def peak_allocated_bytes(work: Callable[[], object], device: str, before: int | None = None) -> int:
-    """Run `work` and return the peak bytes allocated on the device, those alive before it included.
+def kinds(device: str) -> tuple[str, ...]:
+    """Return what `peaks` measures on the device."""
+    return ("allocated", "reserved") if device.startswith("cuda") else ("allocated",)
+
+
+def peaks(work: Callable[[], object], device: str, before: int | None = None) -> dict[str, int]:
+    """Run `work` and return the peak bytes on the device of each of `kinds`, those held before it included.
+
+    "allocated" are bytes of tensors. "reserved", on CUDA alone, is what torch's allocator holds of the device for
+    them: its cache is emptied before `work`, so that what earlier work has left there does not count.
 
     On a CPU this profiles `work`, which slows it: never time the same run. `before` may be given by a caller who knows
     it, because counting takes most of a second. Two limits there: tensors that were alive before `work` count as alive
@@ -49,12 +61,18 @@ def peak_allocated_bytes(work: Callable[[], object], device: str, before: int | 
 
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         work()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     before = allocated_bytes(device) if before is None else before
-    return before + highest_level(_allocations(work))
+    return {"allocated": before + highest_level(_allocations(work))}
+
+
+def peak_allocated_bytes(work: Callable[[], object], device: str, before: int | None = None) -> int:
+    """Run `work` and return its peak bytes of tensors: see `peaks`."""
+    return peaks(work, device, before)["allocated"]
 
 
 def highest_level(changes: Iterable[int]) -> int:

@@ -56,10 +56,8 @@ class Engine:
         """Return the bytes that are held now."""
         return memory.allocated_bytes(self.device)
 
-    def peak_allocated_bytes(self, token_ids: list[list[int]], output_tokens: int, sampling: Sampling) -> int:
-        """Return the peak bytes while generating; on a CPU this run is slower than others."""
+    def peaks(self, token_ids: list[list[int]], output_tokens: int, sampling: Sampling) -> dict[str, int]:
+        """Return the peak bytes while generating, by `memory.kinds`; on a CPU this run is slower than others."""
         if self.held is None:  # the cache of one call is freed at its end, so this stays as it is
             self.held = self.allocated_bytes()
-        return memory.peak_allocated_bytes(
-            lambda: self.generate(token_ids, output_tokens, sampling), self.device, self.held
-        )
+        return memory.peaks(lambda: self.generate(token_ids, output_tokens, sampling), self.device, self.held)

@@ -31,7 +31,9 @@ UNITS = {
     "throughput": "tokens/s",
     "decode_throughput": "tokens/s",
     "peak_allocated": "bytes",
+    "peak_reserved": "bytes",
     "weights_allocated": "bytes",
+    "weights_allocated_after_forward": "bytes",
     "weights_on_disk": "bytes",
 }
 
@@ -77,37 +79,37 @@ def measure_engine(
     """Return rows and timings of a loaded engine, for every shape of the recipe with prompts that begin `tokens`."""
     _seed(seed)
     engine.generate([tokens[:1]], 2, recipe.sampling)  # what a library sets up once is not part of any shape
+    rows = [_row(engine.name, None, "weights_allocated_after_forward", engine.allocated_bytes())]
     outputs = sorted({1, *recipe.output_tokens})
     shapes = [(i, o, b) for i in recipe.input_tokens for o in outputs for b in sorted(recipe.batch_sizes)]
     timings: dict[tuple, list[float] | None] = {}
-    peaks: dict[tuple, int] = {}
+    peaks: dict[tuple, dict[str, int]] = {}
     for shape in progress(shapes, f"generation with {engine.name}, shapes"):
         length, output, batch = shape
         # A batch that fits for no token more fits for none of a longer output.
         smaller = [(length, o, b) for o in outputs for b in recipe.batch_sizes if o <= output and b <= batch]
         failed = any(timings.get(other, ()) is None for other in smaller)
         timings[shape] = None if failed else _run(engine, tokens, shape, recipe, clock, peaks)
-    rows = []
     for length in recipe.input_tokens:
         for batch in recipe.batch_sizes:
             first = timings[length, 1, batch]
             rows.append(_timing_row(engine.name, (length, 1, batch), "time_to_first_token", first))
             for output in recipe.output_tokens:
                 shape = (length, output, batch)
-                rows += _shape_rows(engine.name, shape, timings[shape], first, peaks.get(shape))
+                rows += _shape_rows(engine, shape, timings[shape], first, peaks.get(shape))
     names = ("input_tokens", "output_tokens", "batch_size")
     samples = [{**dict(zip(names, shape, strict=True)), "seconds": seconds} for shape, seconds in timings.items()]
     return rows, {"timings": samples}
 
 
 def _run(engine, tokens: list[int], shape: tuple, recipe: Recipe, clock, peaks: dict) -> list[float] | None:
-    """Return the seconds of each timed run, or None where memory ran out; puts the peak into `peaks`."""
+    """Return the seconds of each timed run, or None where memory ran out; puts the peaks into `peaks`."""
     length, output, batch = shape
     prompts = [tokens[:length]] * batch
 
     def runs() -> list[float]:
         if output in recipe.output_tokens:
-            peaks[shape] = engine.peak_allocated_bytes(prompts, output, recipe.sampling)
+            peaks[shape] = engine.peaks(prompts, output, recipe.sampling)
         else:
             engine.generate(prompts, output, recipe.sampling)
         for _ in range(recipe.warmup - 1):
@@ -138,20 +140,23 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return None, error.with_traceback(None)  # the traceback would hold on to the tensors
 
 
-def _shape_rows(engine: str, shape: tuple, seconds: list[float] | None, first: list[float] | None, peak) -> list[dict]:
-    _, output, batch = shape
-    rows = [_timing_row(engine, shape, "latency", seconds)]
+def _shape_rows(
+    engine: Any, shape: tuple, seconds: list[float] | None, first: list[float] | None, peaks: dict[str, int] | None
+) -> list[dict]:
+    name, (_, output, batch) = engine.name, shape
+    kinds = memory.kinds(engine.device)
+    rows = [_timing_row(name, shape, "latency", seconds)]
     if seconds is None:
-        names = ["throughput", "peak_allocated"] + ["decode_throughput"] * (output > 1)
-        return rows + [_row(engine, shape, name, None, outcome="oom") for name in names]
+        metrics = ["throughput", *(f"peak_{kind}" for kind in kinds)] + ["decode_throughput"] * (output > 1)
+        return rows + [_row(name, shape, metric, None, outcome="oom") for metric in metrics]
     latency, error = mean_and_error(seconds)
-    rows.append(_rate_row(engine, shape, "throughput", batch * output, latency, error, len(seconds)))
+    rows.append(_rate_row(name, shape, "throughput", batch * output, latency, error, len(seconds)))
     if output > 1:
         first_latency, first_error = mean_and_error(first)
         both = None if error is None else math.hypot(error, first_error)
         tokens, duration = batch * (output - 1), latency - first_latency
-        rows.append(_rate_row(engine, shape, "decode_throughput", tokens, duration, both, len(seconds)))
-    return [*rows, _row(engine, shape, "peak_allocated", peak)]
+        rows.append(_rate_row(name, shape, "decode_throughput", tokens, duration, both, len(seconds)))
+    return rows + [_row(name, shape, f"peak_{kind}", peaks[kind]) for kind in kinds]
 
 
 def _timing_row(engine: str, shape: tuple, metric: str, seconds: list[float] | None) -> dict:

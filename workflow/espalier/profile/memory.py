@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 TAKES = ("causal-lm",)
 TIMED = False
-UNITS = {"weights_allocated": "bytes", "weights_on_disk": "bytes", "peak_allocated": "bytes"}
+UNITS = {
+    "weights_allocated": "bytes",
+    "weights_allocated_after_forward": "bytes",
+    "weights_on_disk": "bytes",
+    "peak_allocated": "bytes",
+    "peak_reserved": "bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def uses(recipe: Recipe) -> list[str]:
 
 
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
-    """Return the bytes of the weights, in memory and on disk, and the peak of every shape."""
+    """Return the bytes of the weights, in memory and on disk, and the peaks of every shape."""
     engine = plugins.load("engines", recipe.engine, "engine").Engine(device)
     engine.load(checkpoint)
     rows = [
@@ -50,19 +56,20 @@ def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -
     ]
     tokens = prompt(checkpoint, max(recipe.input_tokens), seed)
     engine.generate([tokens[:1]], 2, "greedy")  # what a library sets up once is not part of any shape
+    rows.append(_row("weights_allocated_after_forward", engine.allocated_bytes()))
     shapes = [(i, o, b) for i in recipe.input_tokens for o in recipe.output_tokens for b in sorted(recipe.batch_sizes)]
     for shape in progress(shapes, f"memory of generation with {engine.name}, shapes"):
-        peak = peak_of(engine, [tokens[: shape[0]]] * shape[2], shape[1])
+        peaks = peaks_of(engine, [tokens[: shape[0]]] * shape[2], shape[1])
         names = dict(zip(("input_tokens", "output_tokens", "batch_size"), shape, strict=True))
-        outcome = {"outcome": "oom"} if peak is None else {}
-        rows.append({**_row("peak_allocated", peak), "engine": engine.name, **names, **outcome})
-    return Measured(rows, {"peaks": [row for row in rows if row["metric"] == "peak_allocated"]})
+        about = {"engine": engine.name, **names, **({"outcome": "oom"} if peaks is None else {})}
+        rows += [_row(f"peak_{kind}", (peaks or {}).get(kind)) | about for kind in memory.kinds(device)]
+    return Measured(rows, {"peaks": [row for row in rows if row["metric"].startswith("peak_")]})
 
 
-def peak_of(engine: Any, prompts: list[list[int]], output: int) -> int | None:
+def peaks_of(engine: Any, prompts: list[list[int]], output: int) -> dict[str, int] | None:
     """Return the peak bytes while `engine` generates `output` tokens a prompt; None where memory runs out."""
     try:
-        return engine.peak_allocated_bytes(prompts, output, "greedy")
+        return engine.peaks(prompts, output, "greedy")
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise

@@ -3,7 +3,8 @@
 Each choice of a question is one forward pass of batch 1 over the question's context and the choice, and its score is
 the sum of its tokens' log-probabilities. The lm-evaluation-harness renders the questions, so they are those behind an
 accuracy. The time of a question is that of all its choices; text is cut into tokens beforehand. The peak memory of a
-question is taken in runs of their own, over some of the questions.
+question is taken in runs of their own: the mean over some of the questions, and the largest of these and the question
+with the longest choice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ UNITS = {
     "time_per_question": "s",
     "tokens_per_second": "tokens/s",
     "peak_allocated_per_question": "bytes",
+    "max_peak_allocated_per_question": "bytes",
+    "peak_reserved_per_question": "bytes",
+    "max_peak_reserved_per_question": "bytes",
     "weights_allocated": "bytes",
+    "weights_allocated_after_forward": "bytes",
     "weights_on_disk": "bytes",
 }
 
@@ -65,12 +70,16 @@ class Question(NamedTuple):
         """The tokens that the model reads: the last one of each choice is only predicted."""
         return sum(len(ids) - 1 for ids, _ in self.choices)
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest choice, whose forward pass takes the most memory."""
+        return max(len(ids) for ids, _ in self.choices)
+
 
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
-    """Return mean time a question, tokens a second, mean peak memory a question; and every single timing and peak."""
-    held = memory.allocated_bytes(device)
+    """Return mean time a question, tokens a second, peak memory a question; and every single timing and peak."""
     rows = [
-        _row("weights_allocated", held),
+        _row("weights_allocated", memory.allocated_bytes(device)),
         _row("weights_on_disk", checkpoints.weight_bytes(checkpoint.folder)),
     ]
     questions = read_questions(recipe, checkpoint.tokenizer)
@@ -96,28 +105,38 @@ def measure_questions(
             seconds.append(clock() - started)
         held = memory.allocated_bytes(device)
         chosen = sorted({i * len(questions) // recipe.memory_questions for i in range(recipe.memory_questions)})
-        peaks = [
-            memory.peak_allocated_bytes(lambda i=i: answer(questions[i]), device, held)
-            for i in progress(chosen, "scoring, memory of questions")
-        ]
+        longest = max(range(len(questions)), key=lambda i: questions[i].longest)
+        peaks = {
+            i: memory.peaks(lambda i=i: answer(questions[i]), device, held)
+            for i in progress(sorted({*chosen, longest}), "scoring, memory of questions")
+        }
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
-        names = ("time_per_question", "tokens_per_second", "peak_allocated_per_question")
+        names = ["time_per_question", "tokens_per_second", "weights_allocated_after_forward"]
+        names += [f"{which}peak_{kind}_per_question" for kind in memory.kinds(device) for which in ("", "max_")]
         return [_row(name, None) | {"outcome": "oom"} for name in names], {}
     tokens = [question.tokens for question in questions]
     rows = [
         _row("time_per_question", *_mean(seconds)),
         _row("tokens_per_second", *_ratio(tokens, seconds)),
-        _row("peak_allocated_per_question", *_mean(peaks)),
+        _row("weights_allocated_after_forward", held),
     ]
+    by_kind = {kind: [peak[kind] for peak in peaks.values()] for kind in memory.kinds(device)}
+    for kind, values in by_kind.items():
+        rows.append(_row(f"peak_{kind}_per_question", *_mean([peaks[i][kind] for i in chosen])))
+        rows.append(_row(f"max_peak_{kind}_per_question", max(values), n=len(values)))
     samples = {
         "task": [question.task for question in questions],
         "doc_id": [question.doc_id for question in questions],
         "choices": [len(question.choices) for question in questions],
         "tokens": tokens,
         "seconds": seconds,
-        "memory": {"question": chosen, "peak_allocated": peaks},
+        "memory": {
+            "question": list(peaks),
+            "in_mean": [i in chosen for i in peaks],
+            **{f"peak_{kind}": values for kind, values in by_kind.items()},
+        },
     }
     return rows, samples
 
