@@ -67,12 +67,13 @@ class Variant:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    lines: dict[str, dict] = {}  # of the bases those of the first process
+    by_label: dict[str, dict] = {}  # of the bases those of the first process
     for method in progress(list(dict.fromkeys(recipe["quantize"] for recipe in RECIPES.values())), "libraries"):
         recipes = {label: recipe for label, recipe in RECIPES.items() if recipe["quantize"] == method}
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            lines = process.submit(measure, recipes, arguments).result() | lines
-    lines = sorted(lines.values(), key=lambda one: one["variant"] not in BASES)
+            for label, one in process.submit(measure, recipes, arguments).result().items():
+                by_label.setdefault(label, one)
+    lines = list(by_label.values())
     print(table(lines), flush=True)
     if arguments.output:
         with whole_file(arguments.output) as partial:

@@ -21,7 +21,8 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 # They report, in every process, kernels that this machine does not need.
-CHATTERERS = ("torchao", "torch.utils._pytree")
+# They warn at every import, or at every product.
+CHATTERERS = ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions")
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from torch.nn.functional import linear, pad
 from espalier.errors import UserError
 
 ROWS = 1024  # output channels computed at once: what bounds the memory of unpacked weights and of 32-bit products
+TOKENS = 512  # up to which ROWS output channels of 8-bit codes are computed at once, and more for fewer tokens
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,14 @@ def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     found = words.contiguous().view(torch.uint8)
     if bits == 8:
         return found[:, :columns].bitwise_xor(128).view(torch.int8)
-    if size > 1:
-        found = pad(found, (0, -found.shape[1] % size)).unflatten(1, (-1, size)).int()
-        found = sum(found[..., byte] << (8 * byte) for byte in range(size))
+    if size == 1:  # a byte becomes a wide number, of which each byte is to hold one code
+        wide = found.to(torch.int16 if count == 2 else torch.int32)
+        for shift in (4,) if count == 2 else (12, 6):
+            wide |= wide << shift
+        wide &= 0x0F0F if count == 2 else 0x03030303
+        return wide.view(torch.int8).sub_(2 ** (bits - 1))[:, :columns]
+    found = pad(found, (0, -found.shape[1] % size)).unflatten(1, (-1, size)).int()
+    found = sum(found[..., byte] << (8 * byte) for byte in range(size))
     codes = torch.empty(*found.shape, count, dtype=torch.int8, device=words.device)
     for place in range(count):
         torch.sub((found >> (bits * place)) & (2**bits - 1), 2 ** (bits - 1), out=codes[..., place])
@@ -111,7 +117,7 @@ def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 def round_tokens(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes of tokens × channels and each token's scale, tokens × 1, float32: its max|x| / 127."""
     inputs = inputs.float()
-    scale = inputs.abs().amax(-1, keepdim=True) / 127
+    scale = torch.maximum(inputs.amax(-1, keepdim=True), -inputs.amin(-1, keepdim=True)) / 127  # quicker than abs
     scale = torch.where(scale == 0, 1.0, scale)  # and not "> 0": what is not a number stays so
     return (inputs / scale).round_().to(torch.int8), scale
 
@@ -181,17 +187,18 @@ class LowBitLinear(nn.Module):
 
     def _integer_products(self, tokens: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         rounded_tokens, token_scale = round_tokens(tokens)
-        for rows in self._some_rows():
+        # Few tokens have small products, and codes that are not packed need no memory of their own.
+        for rows in self._some_rows(ROWS if self.scheme.packed else ROWS * max(1, TOKENS // max(1, len(tokens)))):
             codes = self._unpacked(rows) if self.scheme.packed else self.weight[rows]
             product = integer_product(rounded_tokens, codes).float()
             yield rows, product.mul_(token_scale).mul_(self.weight_scale[rows, 0])
 
     def _unpacked_products(self, tokens: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        for rows in self._some_rows():
+        for rows in self._some_rows(ROWS):
             yield rows, linear(tokens, dequantized(self.codes(rows)).to(tokens.dtype))
 
-    def _some_rows(self) -> list[slice]:
-        return [slice(start, start + ROWS) for start in range(0, self.out_features, ROWS)]
+    def _some_rows(self, count: int) -> list[slice]:
+        return [slice(start, start + count) for start in range(0, self.out_features, count)]
 
     def _unpacked(self, rows: slice) -> torch.Tensor:
         return unpack(self.weight_packed[rows], self.scheme.bits, self.in_features)
