@@ -80,7 +80,15 @@ AT_PARSE_TIME = {
     ),
     "a kernel that a number of bits lacks": (
         lambda config: config["recipes"]["gptq-w4"].update(bits=2, kernel="marlin"),
-        "recipes.gptq-w4: the kernel 'marlin' knows 4 and 8 bits, not 2.",
+        "recipes.gptq-w4: the kernel 'marlin' takes 'bits' 4, 8, not 2.",
+    ),
+    "a kernel that a group size lacks": (
+        lambda config: config["recipes"]["gptq-w4"].update(group_size=-1, kernel="torch-aten"),
+        "recipes.gptq-w4: the kernel 'torch-aten' takes 'group_size' 16, 32, 64, 128, not -1.",
+    ),
+    "a kernel without zero points": (
+        lambda config: config["recipes"]["gptq-w4"].update(symmetric=False, kernel="marlin"),
+        "recipes.gptq-w4: the kernel 'marlin' needs 'symmetric: true'.",
     ),
     "a kernel of the GPU on a CPU": (
         lambda config: (config.update(device="cpu"), config["recipes"]["gptq-w4"].update(kernel="marlin")),

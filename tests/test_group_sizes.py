@@ -56,4 +56,7 @@ def test_a_local_model_says_its_sizes_itself_and_one_of_the_hub_does_not(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 192}))
     with pytest.raises(UserError, match="hidden_size of 192"):
         group_sizes.check(group_sizes.sizes_of(Model(path=str(tmp_path)), None), [ROUND], "study")
+    # Of a width-pruned one these are the sizes before it was pruned.
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 192, "block_shapes": []}))
+    group_sizes.check(group_sizes.sizes_of(Model(path=str(tmp_path)), None), [ROUND], "study")
     group_sizes.check(group_sizes.sizes_of(Model(hub="some/model", revision="0" * 40), None), [ROUND], "study")

@@ -149,6 +149,27 @@ def test_shapes_that_cuda_refuses_are_padded_and_the_product_is_exact(monkeypatc
         assert found.tolist() == (left.long() @ right.long().T).tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 4, 17])
+@pytest.mark.parametrize("inner", [1, 2, 8, 13, 33])
+@pytest.mark.parametrize("columns", [1, 7, 20])
+def test_products_of_every_shape_are_exact(rows, inner, columns):
+    """A pruned block may keep a single neuron, and torch's product of matrices with one column is zero on some CPUs."""
+    left = torch.randint(-127, 128, (rows, inner), dtype=torch.int8)
+    right = torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
+    assert lowbit.integer_product(left, right).tolist() == (left.long() @ right.long().T).tolist()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_layers_compute_on_cuda_what_they_compute_on_a_cpu(scheme, tokens):
+    layer, _ = random_layer(scheme)
+    inputs = torch.randn(tokens, 48)
+    expected = layer(inputs)
+    assert torch.allclose(layer.cuda()(inputs.cuda()).cpu(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_layers_take_the_bytes_that_their_bits_need_also_after_a_forward_pass(scheme):
     layer, codes = random_layer(scheme, inputs=64, outputs=32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -67,6 +65,9 @@ def dense(tmp_path_factory):
         ("bitsandbytes", {"bits": 4}, (128, 128), (-2 * 2816, 0)),
         ("bitsandbytes", {"bits": 4, "double_quantization": True}, (184, 184), (-12000, 0)),
         ("gptq", {"bits": 4, "group_size": 32}, (128, 14000), (0, 20000)),
+        ("round-to-nearest", {"bits": 8, "symmetric": True, "activations": 8}, (128, 128), (0, 0)),
+        ("round-to-nearest", {"bits": 4, "symmetric": True, "activations": 8}, (128, 128), (0, 0)),
+        ("round-to-nearest", {"bits": 3, "group_size": 16}, (128, 128), (0, 0)),
     ],
 )
 def test_all_that_a_quantized_model_holds_is_seen(dense, tmp_path, method, recipe, more, after_forward):
@@ -147,6 +148,7 @@ class FakeAllocator:
     def __init__(self, monkeypatch):
         self.level = self.peak = self.reserved = self.peak_reserved = 0
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.level)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.peak)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: self.peak_reserved)
@@ -179,10 +181,11 @@ def test_peaks_on_cuda_are_those_of_the_work_alone(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_peak_on_cuda_counts_the_temporary():
     factor = torch.randn(1024, 1024, device="cuda")
-    _ = factor @ factor  # the library's workspace
-    del _
-    gc.collect()
-    before = memory.allocated_bytes("cuda")
-    peaks = memory.peaks(lambda: (factor @ factor).shape, "cuda")
-    assert peaks["allocated"] - before == 4 * MIB
+    held = memory.allocated_bytes("cuda")
+    one = memory.peaks(lambda: (factor @ factor).shape, "cuda")
+    assert memory.allocated_bytes("cuda") == held, "cuBLAS's workspace does not count as held"
+    memory.allocated_bytes("cuda")
+    peaks = memory.peaks(lambda: torch.stack([factor @ factor, factor @ factor]).shape, "cuda")
+    # Two products and their stack, in place of one product; both peaks hold the workspace.
+    assert peaks["allocated"] - one["allocated"] == 3 * 4 * MIB
     assert peaks["reserved"] >= peaks["allocated"]

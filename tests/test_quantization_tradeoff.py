@@ -115,8 +115,6 @@ def test_each_row_is_tested_against_the_first_and_a_star_marks_p_below_5_percent
     written = [text.get_text() for text in drawn.axes[0].texts]
     assert [text for text in written if text[0].isdigit()] == ["80.0", "60.0", "30.0 *"]
     assert "* differs from Base Model at p < 0.05" in text_of(drawn)
-    without = quantization_tradeoff.draw(points[points["row"] != "GPTQ 4bit calib20"], "Title")
-    assert "No row differs from Base Model at p < 0.05" in text_of(without)
     no_base = quantization_recipe(rows={"GPTQ 4bit calib20": "g", "SFT Model": "s"})
     versus = quantization_tradeoff.measured(no_base, results)["versus"].dropna()
     assert set(versus) == {"SFT Model"}
@@ -195,3 +193,23 @@ def test_published_score_and_megabyte_fit_the_published_table():
         assert blocks == pytest.approx(round(blocks), abs=1e-4)
     half = points.loc[("Base Model", "accuracy"), "error"]
     assert half == pytest.approx(1.959963984540054 * 100 * math.sqrt((870 / 1962) * (1092 / 1962) / 1962))
+
+
+def test_a_quantized_row_is_tested_against_the_row_that_it_was_made_from_too():
+    """Fine-tuning gained what quantization lost: from Base the row does not differ, from its parent it does."""
+    base, tuned, worse = [0] * 8 + [1] * 2, [1] * 10, [0] * 8 + [1] * 2
+    rows = {"Base Model": "dense", "SFT Model": "dense+s", "GPTQ 4bit calib20": "dense+s+g"}
+    results = [
+        one
+        for chain, right in zip(rows.values(), (base, tuned, worse), strict=True)
+        for one in scored(chain, right, 1, 1)
+    ]
+    points = quantization_tradeoff.measured(quantization_recipe(rows=rows), results)
+    row = points[points["quantity"] == "accuracy"].set_index("row").loc["GPTQ 4bit calib20"]
+    assert (row["versus"], row["p_value"]) == ("Base Model", 1.0)
+    assert (row["made_from"], row["p_value_made_from"]) == ("SFT Model", 2 / 2**16)
+    drawn = quantization_tradeoff.draw(points, "Title")
+    written = [text.get_text() for text in drawn.axes[0].texts]
+    # SFT is made from Base itself, so that one mark says both.
+    assert [text for text in written if text[0].isdigit()] == ["20.0", "100 *", "20.0 †"]
+    assert "* differs from Base Model, † from SFT Model, of which it was made, at p < 0.05" in text_of(drawn)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,42 @@ def test_weights_that_a_forward_pass_repacked_are_not_saved(dense, tmp_path):
     with torch.no_grad():
         after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")(torch.arange(40)[None]).logits
     assert (after - before).norm() > 0.3 * before.norm()
+
+
+def test_repacked_weights_are_refused_on_every_machine(dense, tmp_path):
+    checkpoint = checkpoints.load(dense, "cpu")
+    checkpoint.model.lm_head.weight.quant_state = types.SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(ValueError, match=r"lm_head.weight was repacked"):
+        checkpoints.save(checkpoint.model, checkpoint.tokenizer, tmp_path / "refused", checkpoint.info)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_cpu_without_avx512_is_not_said_to_multiply_integers(made, monkeypatch):
+    """bitsandbytes multiplies float32 copies of the codes there."""
+    folder, _ = made("bitsandbytes", bits=8)
+    for capability, arithmetic in (("AVX512", "integer"), ("AVX2", "unpacked")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        assert checkpoints.load(folder, "cpu").info["arithmetic"] == arithmetic
+
+
+def test_kernels_take_what_gptqmodel_says_that_they_take():
+    gptq_loading.prepare("cpu")
+    from gptqmodel.nn_modules.qlinear import exllamav2, machete, marlin, torch_aten_kernel, tritonv2
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    classes = {
+        "torch": TorchLinear,
+        "torch-aten": torch_aten_kernel.TorchAtenLinear,
+        "triton": tritonv2.TritonV2Linear,
+        "exllama-v2": exllamav2.ExllamaV2Linear,
+        "marlin": marlin.MarlinLinear,
+        "machete": machete.MacheteLinear,
+    }
+    for name, kernel in gptq_loading.KERNELS.items():
+        cls = classes[name]
+        assert set(kernel.bits) == set(cls.SUPPORTS_BITS) & {2, 3, 4, 8}
+        assert set(kernel.group_sizes) == set(cls.SUPPORTS_GROUP_SIZE)
+        assert kernel.asymmetric == (False in cls.SUPPORTS_SYM)
 
 
 def test_int8_is_each_row_by_its_largest_magnitude(dense, made):

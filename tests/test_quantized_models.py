@@ -28,6 +28,7 @@ QUANTIZERS = {
     "awq, 8 bits": ("awq", {"bits": 8, "group_size": 32}, 0.05),
     "awq, 4 bits": ("awq", {"bits": 4, "group_size": 32}, 0.6),
 }
+IN_INTEGERS = [name for name in QUANTIZERS if name == "bitsandbytes, 8 bits" or "A8" in name]
 FRESH = """
 import sys, torch
 from espalier import checkpoints
@@ -104,8 +105,24 @@ def test_what_is_written_says_what_it_is_and_is_smaller(parents, made, name):
         described, before = checkpoints.describe(made[name, parent]), checkpoints.describe(folder)
         assert described["parameters"] == before["parameters"]
         assert described["bits"] == QUANTIZERS[name][1]["bits"]
-        assert described["arithmetic"] in ("integer", "unpacked")
+        assert described["arithmetic"] == ("integer" if name in IN_INTEGERS else "unpacked")
         assert checkpoints.weight_bytes(made[name, parent]) < 0.65 * checkpoints.weight_bytes(folder)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_models_are_quantized_and_run_on_cuda(parents, name, tmp_path):
+    method, mapping, most = QUANTIZERS[name]
+    module = plugins.load("quantize", method)
+    mapping = mapping | ({"calibration": calibration(tmp_path / "words")} if method in CALIBRATED else {})
+    recipe = recipes.build(module.Recipe, mapping, "recipe")
+    (tmp_path / "model").mkdir()
+    module.apply(parents["shorten"], tmp_path / "model", recipe, seed=0, device="cuda")
+    true = logits(parents["shorten"])
+    with torch.no_grad():
+        found = checkpoints.load(tmp_path / "model", device="cuda").model(torch.arange(40, device="cuda")[None]).logits
+    assert (found.float().cpu() - true).norm() / true.norm() < most
 
 
 def test_every_quantizer_is_in_the_table():

@@ -195,7 +195,7 @@ def test_mathematics_of_a_method(finished, edit):
 def test_target_of_one_width_pruner(finished, edit):
     edit.config(lambda config: config["recipes"]["flap"].update(parameters=180000))
     expected = everything(finished, "+flap/")
-    assert len(expected) == 5  # the model, two evaluations, two profiles
+    assert len(expected) == 4  # the model, an evaluation, two profiles
     assert jobs(finished) == expected | TABLES - {"results/demo/tables/quantization.json"} | chart(
         "size_tradeoff", "latency_throughput"
     )
@@ -274,3 +274,15 @@ def test_deleted_charts_and_tables_are_all_that_is_made_again(finished):
     finally:
         for path, aside in hidden.items():
             aside.rename(path)
+
+
+def test_what_calibrates_waits_for_the_check_of_its_text(finished):
+    for step, waits in (("dense+flap", True), ("dense+gptq-w4", True), ("dense+magnitude-3", False)):
+        said = snakemake(finished, "-n", "--forceall", f"{LLAMA}/{step}/step.json").stdout
+        assert ("rule check_calibration" in said) is waits
+
+
+def test_a_chart_of_what_was_calibrated_has_the_table_of_what_was_compared(finished):
+    for chart, compared in (("quantization_tradeoff", True), ("glue_bits", False)):
+        said = snakemake(finished, "-n", "--forceall", chart).stdout
+        assert ("rule make_calibration_table" in said) is compared

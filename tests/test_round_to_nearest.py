@@ -138,6 +138,15 @@ def test_groups_must_divide_every_layer_before_weights_are_read(dense, tmp_path,
         round_model(dense, tmp_path / "output", bits=4, group_size=128)
 
 
+def test_a_local_model_that_is_quantized_already_is_refused(made, tmp_path):
+    """A pointer to it would be taken for a model of whole weights, and its codes for weights."""
+    about = dict.fromkeys(("id", "revision", "dtype")) | {"task": "causal-lm", "trust_remote_code": False}
+    with pytest.raises(
+        UserError, match=r"is quantized already \(compressed-tensors\)\. Name the model that it was made"
+    ):
+        checkpoints.refer(tmp_path, {**about, "path": str(made(**W8A8))})
+
+
 def test_quantized_parent_is_refused(made, tmp_path):
     with pytest.raises(UserError, match=r"is quantized already \(compressed-tensors\): round-to-nearest needs"):
         round_model(made(bits=2), tmp_path / "output", bits=4)

@@ -113,6 +113,11 @@ def refer(folder: Path, reference: dict) -> dict:
             raise UserError(f"{source} is not a checkpoint folder: it has no config.json.")
     else:
         source = _download(reference["id"], reference["revision"])
+    if quantized := read_json(source / "config.json").get("quantization_config"):
+        raise UserError(
+            f"{source} is quantized already ({quantized.get('quant_method')}). Name the model that it was made from,"
+            " and quantize that by a recipe: then what is measured is known."
+        )
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
         raise UserError(
@@ -165,6 +170,11 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
         else:
             model = _load_transformers(source, revision, task, info, device, options)
     model.eval()
+    if info["format"] == "bitsandbytes" and device == "cpu":
+        import torch
+
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":  # bitsandbytes then multiplies float32 copies
+            info = {**info, "arithmetic": "unpacked"}
     return Checkpoint(model, tokenizer, info, folder, device)
 
 

@@ -20,8 +20,7 @@ ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "PYTHONHASHSEED": "0",
 }
-# They report, in every process, kernels that this machine does not need.
-# They warn at every import, or at every product.
+# They report, in every process, kernels that this machine does not need, and at every product that it casts its input.
 CHATTERERS = ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions")
 
 

@@ -19,21 +19,34 @@ if TYPE_CHECKING:
 
 
 class Kernel(NamedTuple):
-    """A way of GPTQModel to multiply by packed weights: its name there, the bits that it knows, the one device."""
+    """A way of GPTQModel to multiply by packed weights: its name there, and what it takes."""
 
     backend: str
     bits: tuple[int, ...]
-    device: str | None
+    group_sizes: tuple[int, ...]
+    asymmetric: bool  # whether it knows zero points
+    device: str | None  # the only one that it runs on
 
 
+ALL_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 KERNELS = {
-    "torch": Kernel("GPTQ_TORCH", (2, 3, 4, 8), None),
-    "torch-aten": Kernel("GPTQ_TORCH_ATEN", (4,), "cpu"),
-    "triton": Kernel("GPTQ_TRITON", (2, 4, 8), "cuda"),
-    "exllama-v2": Kernel("GPTQ_EXLLAMA_V2", (4,), "cuda"),
-    "marlin": Kernel("GPTQ_MARLIN", (4, 8), "cuda"),
-    "machete": Kernel("GPTQ_MACHETE", (4, 8), "cuda"),
+    "torch": Kernel("GPTQ_TORCH", (2, 3, 4, 8), ALL_SIZES, True, None),
+    "torch-aten": Kernel("GPTQ_TORCH_ATEN", (4,), (16, 32, 64, 128), True, "cpu"),
+    "triton": Kernel("GPTQ_TRITON", (2, 4, 8), ALL_SIZES, True, "cuda"),
+    "exllama-v2": Kernel("GPTQ_EXLLAMA_V2", (4,), (-1, 32, 64, 128), True, "cuda"),
+    "marlin": Kernel("GPTQ_MARLIN", (4, 8), (-1, 32, 64, 128), False, "cuda"),
+    "machete": Kernel("GPTQ_MACHETE", (4, 8), (-1, 64, 128), True, "cuda"),
 }
+
+
+def check(kernel: str, bits: int, group_size: int, symmetric: bool) -> None:
+    """Raise ValueError for what a kernel of `KERNELS` does not take."""
+    known = KERNELS[kernel]
+    for key, value, taken in (("bits", bits, known.bits), ("group_size", group_size, known.group_sizes)):
+        if value not in taken:
+            raise ValueError(f"the kernel '{kernel}' takes '{key}' {', '.join(map(str, taken))}, not {value}.")
+    if not (symmetric or known.asymmetric):
+        raise ValueError(f"the kernel '{kernel}' needs 'symmetric: true'.")
 
 
 def prepare(device: str) -> None:

@@ -150,7 +150,8 @@ def replace(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype) -> None:
     """Replace quantized layers by packed ones, and turn all else, calibrated in float32, back into `dtype`."""
     from espalier.models import lowbit
 
-    for name, layer in lowbit.linear_layers(model).items():
+    for name in list(lowbit.linear_layers(model)):  # names alone, so that each layer is freed once it is replaced
+        layer = model.get_submodule(name)
         lowbit.put(model, name, lowbit.LowBitLinear.of(codes(layer, scheme), layer.bias, scheme))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -65,11 +65,21 @@ def pairs(recipe: Recipe, results: list[dict]) -> list[dict]:
     return paired.table(found, recipe.tasks)
 
 
-def tests_against_first(lines: list[dict]) -> dict[str, dict]:
-    """Return row name → the line of `pairs` that tests it against the first row; of several seeds, the largest p."""
+def made_from(recipe: Recipe) -> dict[str, str]:
+    """Return row name → the row whose model its last step began with, where the chart has that row."""
+    names = {chain: name for name, chain in chains(recipe).items()}
+    parents = {name: chain.rpartition("+")[0] for chain, name in names.items()}
+    return {name: names[parent] for name, parent in parents.items() if parent in names}
+
+
+def tests_against(lines: list[dict], others: dict[str, str]) -> dict[str, dict]:
+    """Return row name → the line of `pairs` that tests it against its row of `others`; of several seeds, the largest p.
+
+    A row is tested against rows before it alone.
+    """
     found: dict[str, dict] = {}
     for line in sorted(lines, key=lambda line: line["p_value"]):
-        if line["versus"] == lines[0]["versus"]:
+        if line["versus"] == others.get(line["row"]):
             found[line["row"]] = line
     return found
 

@@ -137,6 +137,11 @@ class Study:
         calibration = getattr(self.step("recipes", recipe).recipe, "calibration", None)
         return [] if calibration is None else [f"{self.root}/calibration/{_text_name(calibration.text)}.json"]
 
+    def calibration_table(self, figure: str) -> list[str]:
+        """Return the table that sees every edit of a suite, if a chart shows what was calibrated."""
+        steps = {token for one in self._needs(self.step("figures", figure)) for token in one.chain.split("+")[1:]}
+        return [f"{self.root}/tables/calibration.json"] if any(map(self.calibration_check, steps)) else []
+
     def reference(self, model: str) -> str:
         """Return where a model of the hub or a local folder is, as JSON, with a fingerprint of a local one."""
         entry = self.resolved.models[model]

@@ -80,3 +80,4 @@ for name in STUDY.resolved.figures:
             name
         input:
             f"{STUDY.figures}/{name}.svg",
+            STUDY.calibration_table(name),

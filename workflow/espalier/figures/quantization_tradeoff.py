@@ -1,7 +1,8 @@
 """Accuracy, time, speed, memory, and accuracy per memory of one model in many low-bit forms.
 
 The numbers are those of a published comparison of 11 variants of a small language model (`quantization_rows.py`); the
-chart is ours. Each row is tested against Base Model, or else the first row, on the same questions (`paired.py`).
+chart is ours. Each row is tested against Base Model, or else the first row, and against the row whose model it was made
+from: the rows of the published table are quantized from SFT Model, so that its gain is in the first test (`paired.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from espalier.figures import (
     read_published,
     style,
 )
-from espalier.quantization_rows import KEYS, METRICS, ROWS, chains, estimates, pairs, score_of, tests_against_first
+from espalier.quantization_rows import KEYS, METRICS, ROWS, chains, estimates, made_from, pairs, score_of, tests_against
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,7 @@ ARITHMETIC = {
 PAIRED = {"versus": "versus", "only_this": "only_row", "only_other": "only_versus", "p_value": "p_value"}
 COLUMNS = (
     *("row", "family", "quantity", "value", "stderr", "error", "low", "high", "unit", "seeds", "n", "outcome"),
-    *("arithmetic", "chain", "bits", *PAIRED, *ORIGIN_COLUMNS),
+    *("arithmetic", "chain", "bits", *PAIRED, "made_from", "p_value_made_from", *ORIGIN_COLUMNS),
 )
 PUBLISHED_TITLE = "Quantization of a 1 B model (published)"
 
@@ -90,11 +91,14 @@ def needs(recipe: Recipe) -> list[Need]:
 def measured(recipe: Recipe, results: list[dict]) -> DataFrame:
     """Return one point a row and quantity, in plotted units; `error` is half of the 95% interval [`low`, `high`].
 
-    An accuracy has the paired test against `versus`: how many questions only this row and only the other gets right,
-    and p. Of several seeds it is the one with the largest p.
+    An accuracy has the paired test against `versus`, the first row: how many questions only this row and only the other
+    gets right, and p; and p against `made_from`, the row whose model was quantized. Of several seeds it is the one with
+    the largest p.
     """
     needs(recipe)
-    tests = tests_against_first(pairs(recipe, results))
+    lines = pairs(recipe, results)
+    first = dict.fromkeys(chains(recipe), lines[0]["versus"] if lines else "")
+    tests, parents = tests_against(lines, first), tests_against(lines, made_from(recipe))
     points = []
     for name, (of_row, rows) in estimates(recipe, tables.frame(results)).items():
         bits = {row["bits"] for row in rows if row.get("bits") is not None}
@@ -106,6 +110,8 @@ def measured(recipe: Recipe, results: list[dict]) -> DataFrame:
         points += [_point(name, key, of_row[key], about) for key in KEYS]
         if name in tests:
             points[-len(KEYS)] |= {column: tests[name][key] for column, key in PAIRED.items()}
+        if name in parents:
+            points[-len(KEYS)] |= {"made_from": parents[name]["versus"], "p_value_made_from": parents[name]["p_value"]}
     return _frame(points)
 
 
@@ -157,7 +163,7 @@ def _frame(points: list[dict]) -> DataFrame:
     import pandas as pd
 
     frame = pd.DataFrame(points, columns=list(COLUMNS))
-    numbers = dict.fromkeys(("value", "stderr", "error", "low", "high", "p_value"), "float64")
+    numbers = dict.fromkeys(("value", "stderr", "error", "low", "high", "p_value", "p_value_made_from"), "float64")
     return frame.astype(numbers | dict.fromkeys(("seeds", "n", "only_this", "only_other"), "Int64"))
 
 
@@ -165,7 +171,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
     """Draw five panels that share their rows: accuracies as dots with 95% intervals on an axis of their own, then bars.
 
     Hatched rows and hollow dots simulate their low-bit arithmetic; a star marks an accuracy that differs from that of
-    the first row.
+    the first row, a dagger one that differs from that of the row it was made from.
     """
     from matplotlib.patches import Patch
 
@@ -209,9 +215,10 @@ def _about_intervals(points: DataFrame, other: str | None) -> list[str]:
     count = accuracies["n"].max()
     lines = [f"Whiskers: 95% interval (n = {count} questions); the grey band is that of {other}."]
     tested = accuracies["p_value"].dropna()
-    differs = f"from {other} at p < {SIGNIFICANT} (McNemar's exact test on the same questions)."
+    test = f"at p < {SIGNIFICANT} (McNemar's exact test on the same questions)."
+    parents = " and ".join(dict.fromkeys(name for name in accuracies["made_from"].dropna() if name != other))
     if len(tested):
-        lines.append(f"* differs {differs}" if (tested < SIGNIFICANT).any() else f"No row differs {differs}")
+        lines.append(f"* differs from {other}{parents and f', † from {parents}, of which it was made,'} {test}")
     elif len(accuracies) > 1:
         lines.append("Rows whose dots lie within each other's whiskers cannot be told apart by these numbers.")
     return lines
@@ -256,7 +263,8 @@ def _draw_dots(axes: Axes, rows: list[dict | None]) -> None:
             markerfacecolor="white" if _simulated(row) else colour,
             **style.ERROR_BAR | {"ecolor": colour},
         )
-        mark = " *" if row["p_value"] < SIGNIFICANT else ""
+        tests = {"*": row["p_value"], "†": row["p_value_made_from"] if row["made_from"] != row["versus"] else 1.0}
+        mark = " ".join(["", *(sign for sign, p in tests.items() if p < SIGNIFICANT)])
         _write(axes, style.number_label(row["value"]) + mark, row["value"] + error, place)
     axes.locator_params(axis="x", nbins=5)
 

@@ -20,6 +20,12 @@ from espalier.errors import UserError
 
 ROWS = 1024  # output channels computed at once: what bounds the memory of unpacked weights and of 32-bit products
 TOKENS = 512  # up to which ROWS output channels of 8-bit codes are computed at once, and more for fewer tokens
+# Bits → shifts that move the upper half of each part away, and masks of what is to stay.
+SPREAD = {
+    2: ((12, 0x000F000F), (6, 0x03030303)),
+    3: ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707)),
+    4: ((4, 0x0F0F),),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     A code is stored as code + 2^(bits−1), the lowest bits first: the format pack-quantized of compressed-tensors.
     """
-    count, size = _per_unit(bits)
+    count, size = (8, 3) if bits == 3 else (8 // bits, 1)  # codes, and bytes, that are the least to go together
     columns = codes.shape[1]
     numbers = pad(codes.int() + 2 ** (bits - 1), (0, -columns % 32)).unflatten(1, (-1, count))
     units = sum(numbers[..., place] << (bits * place) for place in range(count))
@@ -96,22 +102,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Return the codes, rows × columns, int8, that `pack` made into words."""
-    count, size = _per_unit(bits)
     found = words.contiguous().view(torch.uint8)
     if bits == 8:
         return found[:, :columns].bitwise_xor(128).view(torch.int8)
-    if size == 1:  # a byte becomes a wide number, of which each byte is to hold one code
-        wide = found.to(torch.int16 if count == 2 else torch.int32)
-        for shift in (4,) if count == 2 else (12, 6):
-            wide |= wide << shift
-        wide &= 0x0F0F if count == 2 else 0x03030303
-        return wide.view(torch.int8).sub_(2 ** (bits - 1))[:, :columns]
-    found = pad(found, (0, -found.shape[1] % size)).unflatten(1, (-1, size)).int()
-    found = sum(found[..., byte] << (8 * byte) for byte in range(size))
-    codes = torch.empty(*found.shape, count, dtype=torch.int8, device=words.device)
-    for place in range(count):
-        torch.sub((found >> (bits * place)) & (2**bits - 1), 2 ** (bits - 1), out=codes[..., place])
-    return codes.flatten(1)[:, :columns]
+    if bits == 3:  # eight codes in three bytes
+        found = pad(found, (0, -found.shape[1] % 3)).unflatten(1, (-1, 3)).to(torch.int64)
+        found = found[..., 0] | found[..., 1] << 8 | found[..., 2] << 16
+    # A number becomes so wide that each of its bytes is to hold one code: halves move apart, then quarters …
+    wide = found.to({2: torch.int32, 3: torch.int64, 4: torch.int16}[bits])
+    for shift, mask in SPREAD[bits]:
+        wide = (wide | wide << shift) & mask
+    return wide.view(torch.int8).sub_(2 ** (bits - 1))[:, :columns]
 
 
 def round_tokens(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +126,8 @@ def round_tokens(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left · rightᵀ of int8 matrices (m × k and n × k) in int32, exactly."""
     rows, columns = len(left), len(right)
-    if _refuses_odd_shapes(left):
-        # cuBLAS takes more than 16 rows, and multiples of 8.
+    if _refuses_odd_shapes(left) or left.shape[1] == 1:
+        # cuBLAS takes more than 16 rows, and multiples of 8; oneDNN gives zeros for a single column.
         left = pad(left, (0, -left.shape[1] % 8, 0, max(0, 17 - rows)))
         right = pad(right, (0, -right.shape[1] % 8, 0, -columns % 8))
     return torch._int_mm(left, right.T)[:rows, :columns]
@@ -188,7 +189,7 @@ class LowBitLinear(nn.Module):
     def _integer_products(self, tokens: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         rounded_tokens, token_scale = round_tokens(tokens)
         # Few tokens have small products, and codes that are not packed need no memory of their own.
-        for rows in self._some_rows(ROWS if self.scheme.packed else ROWS * max(1, TOKENS // max(1, len(tokens)))):
+        for rows in self._some_rows(ROWS if self.scheme.packed else max(ROWS, ROWS * TOKENS // max(1, len(tokens)))):
             codes = self._unpacked(rows) if self.scheme.packed else self.weight[rows]
             product = integer_product(rounded_tokens, codes).float()
             yield rows, product.mul_(token_scale).mul_(self.weight_scale[rows, 0])
@@ -232,14 +233,10 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def round_layers(model: nn.Module, scheme: Scheme) -> None:
     """Replace all linear layers but the output head by their nearest codes."""
-    for name, layer in linear_layers(model).items():
+    for name in list(linear_layers(model)):  # names alone, so that each layer is freed once it is replaced
+        layer = model.get_submodule(name)
         codes = rounded(layer.weight.data, *grid(layer.weight.data, scheme), scheme)
         put(model, name, LowBitLinear.of(codes, layer.bias, scheme))
-
-
-def _per_unit(bits: int) -> tuple[int, int]:
-    """Return how many codes, and how many bytes, are the least that go together."""
-    return (8, 3) if bits == 3 else (8 // bits, 1)
 
 
 def _groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

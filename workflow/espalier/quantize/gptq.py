@@ -34,11 +34,11 @@ class Recipe:
     act_group_aware: bool = True  # without desc_act: order whole groups by activation, at no cost when run
     damp: float = 0.05  # the share of the Hessian's mean diagonal that is added to its diagonal
     batch_size: int = 32  # samples computed at once; it does not change the result beyond rounding
-    kernel: Literal["auto", "torch", "torch-aten", "triton", "exllama-v2", "marlin", "machete"] = "auto"  # it runs by
+    kernel: Literal["auto", "torch", "torch-aten", "triton", "exllama-v2", "marlin", "machete"] = "auto"  # of GPTQModel
 
     def check(self) -> None:
-        if self.kernel != "auto" and self.bits not in (known := gptq_loading.KERNELS[self.kernel].bits):
-            raise ValueError(f"the kernel '{self.kernel}' knows {' and '.join(map(str, known))} bits, not {self.bits}.")
+        if self.kernel != "auto":
+            gptq_loading.check(self.kernel, self.bits, self.group_size, self.symmetric)
         if not 0 < self.damp < 1 or self.batch_size < 1:
             raise ValueError("'damp' must lie between 0 and 1, and 'batch_size' must be at least 1.")
 
