@@ -37,7 +37,7 @@ def study(folder: Path, model: dict, recipes: dict, chains: list[str]) -> dict:
         "datasets": {"words": {"path": str(folder / "words")}},
         "calibrations": {"few": calibration},
         "recipes": recipes,
-        "suites": {"heldout": {"evaluate": "perplexity", "text": {"dataset": "words", "split": "calibration"}}},
+        "suites": {"heldout": {"evaluate": "perplexity", "text": {"dataset": "words", "split": "heldout"}}},
         "measure": [{"model": "model", "chains": chains, "suites": ["heldout"]}],
     }
 
