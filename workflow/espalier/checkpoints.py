@@ -184,6 +184,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with _loading(source):
         from transformers import AutoTokenizer
 
+        know_pruned(source)  # a tokenizer is looked up by its model's class: of an unknown one it would ask the user
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
