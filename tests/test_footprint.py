@@ -89,7 +89,7 @@ def test_what_a_stream_allocates_is_within_half_of_the_sum(family, work, sets, c
     """On a CPU nothing is moved; but a stream in float32 of 16-bit weights makes the copies a device would hold."""
     stream = started(family, sizes, samples, length, batch, "cpu")
     work(stream)  # what is made once, in the first pass, belongs to no peak
-    measured = memory.peak_allocated_bytes(lambda: work(stream), "cpu", before=0)
+    measured = memory.peaks(lambda: work(stream), "cpu", before=0)["allocated"]
     expected = footprint.peak_bytes(
         stream.model, calibration(samples, length), batch, copies=copies, itemsize=4, losses=True
     )
@@ -160,7 +160,7 @@ def test_what_a_method_says_is_what_it_takes(name, monkeypatch, tmp_path):
             module.apply(parent, tmp_path, recipe, seed=0, device="cpu")
 
     work()
-    measured = memory.peak_allocated_bytes(work, "cpu", before=0)
+    measured = memory.peaks(work, "cpu", before=0)["allocated"]
     assert module.peak_bytes(checkpoint.model, recipe) == pytest.approx(measured, rel=0.2)
 
 
@@ -172,7 +172,7 @@ def test_the_peak_on_a_device(work, copies, batch):
     stream = started("llama", sizes | {"max_position_embeddings": 512}, 16, 512, batch, "cuda")
     work(stream)
     before = memory.allocated_bytes("cuda")
-    measured = memory.peak_allocated_bytes(lambda: work(stream), "cuda") - before
+    measured = memory.peaks(lambda: work(stream), "cuda")["allocated"] - before
     expected = footprint.peak_bytes(stream.model, calibration(16, 512), batch, copies=copies, itemsize=4, losses=True)
     assert 0.5 < expected / measured < 1.5
 

@@ -95,7 +95,7 @@ def test_all_that_a_quantized_model_holds_is_seen(dense, tmp_path, method, recip
 def test_peak_of_a_matrix_product_is_its_result():
     factor = torch.randn(512, 512)
     before = memory.allocated_bytes("cpu")
-    peak = memory.peak_allocated_bytes(lambda: (factor @ factor).shape, "cpu")
+    peak = memory.peaks(lambda: (factor @ factor).shape, "cpu")["allocated"]
     assert peak - before == MIB
 
 
@@ -104,7 +104,7 @@ def test_peak_of_a_chain_of_layers_is_one_input_and_one_output():
     rows = torch.randn(1000, 256)
     before = memory.allocated_bytes("cpu")
     with torch.no_grad():
-        peak = memory.peak_allocated_bytes(lambda: layers(rows), "cpu", before)
+        peak = memory.peaks(lambda: layers(rows), "cpu", before)["allocated"]
     assert peak - before == 2 * 1000 * 256 * 4
 
 
@@ -116,7 +116,7 @@ def test_peak_keeps_what_the_work_frees_of_earlier_tensors():
         earlier.clear()
         return torch.zeros(MIB // 2)
 
-    assert memory.peak_allocated_bytes(work, "cpu") - before == 2 * MIB
+    assert memory.peaks(work, "cpu")["allocated"] - before == 2 * MIB
 
 
 def test_highest_level_may_lie_before_the_end_and_never_below_the_start():
@@ -127,9 +127,9 @@ def test_highest_level_may_lie_before_the_end_and_never_below_the_start():
 
 def test_profiler_stops_when_the_work_fails():
     with pytest.raises(ZeroDivisionError):
-        memory.peak_allocated_bytes(lambda: 1 / 0, "cpu")
+        memory.peaks(lambda: 1 / 0, "cpu")["allocated"]
     before = memory.allocated_bytes("cpu")
-    assert memory.peak_allocated_bytes(lambda: torch.zeros(MIB), "cpu") - before == 4 * MIB
+    assert memory.peaks(lambda: torch.zeros(MIB), "cpu")["allocated"] - before == 4 * MIB
 
 
 def test_out_of_memory_is_told_from_other_errors():

@@ -252,7 +252,7 @@ def peak(work: Work, model, device: str) -> int:
     """Return the most bytes on the device while a work is done; on a CPU, the whole model and what is added."""
     model = copy.deepcopy(model)
     weights = [one.data for one in model.parameters()]  # held to the end: what a method frees of them is not its merit
-    return memory.peak_allocated_bytes(work.prepare(model), device, before=sum(one.nbytes for one in weights))
+    return memory.peaks(work.prepare(model), device, before=sum(one.nbytes for one in weights))["allocated"]
 
 
 def wait(device: str) -> None:

@@ -72,11 +72,6 @@ def peaks(work: Callable[[], object], device: str, before: int | None = None) ->
     return {"allocated": before + highest_level(_allocations(work))}
 
 
-def peak_allocated_bytes(work: Callable[[], object], device: str, before: int | None = None) -> int:
-    """Run `work` and return its peak bytes of tensors: see `peaks`."""
-    return peaks(work, device, before)["allocated"]
-
-
 def highest_level(changes: Iterable[int]) -> int:
     """Return the highest sum that allocations (positive) and frees (negative), in order, ever reach; at least 0."""
     level = peak = 0

@@ -13,7 +13,6 @@ from espalier import checkpoints
 from espalier.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 BLOCK = 64  # values that share a scale
@@ -24,7 +23,9 @@ def check_widths(parent: Path, device: str) -> None:
 
     bitsandbytes fails, or misreads what it packed, of rows that blocks do not fill, on a CPU only.
     """
-    for name, layer in _layers(checkpoints.skeleton(parent)).items() if device == "cpu" else ():
+    from espalier.models.lowbit import linear_layers
+
+    for name, layer in linear_layers(checkpoints.skeleton(parent)).items() if device == "cpu" else ():
         if layer.in_features % BLOCK:
             raise UserError(
                 f"The layer {name} of {parent} has {layer.in_features} input features; 4 bits need a multiple of"
@@ -57,17 +58,9 @@ def round_weights(model: PreTrainedModel, device: str) -> None:
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    for layer in _layers(model).values():
+    from espalier.models.lowbit import linear_layers
+
+    for layer in linear_layers(model).values():
         weight = layer.weight.data
         packed, state = quantize_4bit(weight.to(device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
         layer.weight.data = dequantize_4bit(packed, state).to(weight)
-
-
-def _layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """Return the linear layers that transformers gives to bitsandbytes: all but the output head."""
-    import torch
-
-    head = model.get_output_embeddings()
-    return {
-        name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head
-    }

@@ -173,9 +173,7 @@ class LowBitLinear(nn.Module):
         zero = None
         if not self.scheme.symmetric:
             zero = unpack(self.weight_zero_point.T, self.scheme.bits, self.out_features).T[rows]
-        if self.scheme.packed:
-            return Codes(self._unpacked(rows), self.weight_scale[rows], zero)
-        return Codes(self.weight[rows], self.weight_scale[rows], zero)
+        return Codes(self._numbers(rows), self.weight_scale[rows], zero)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return … × out_features from … × in_features, in the dtype of the inputs."""
@@ -190,8 +188,7 @@ class LowBitLinear(nn.Module):
         rounded_tokens, token_scale = round_tokens(tokens)
         # Few tokens have small products, and codes that are not packed need no memory of their own.
         for rows in self._some_rows(ROWS if self.scheme.packed else max(ROWS, ROWS * TOKENS // max(1, len(tokens)))):
-            codes = self._unpacked(rows) if self.scheme.packed else self.weight[rows]
-            product = integer_product(rounded_tokens, codes).float()
+            product = integer_product(rounded_tokens, self._numbers(rows)).float()
             yield rows, product.mul_(token_scale).mul_(self.weight_scale[rows, 0])
 
     def _unpacked_products(self, tokens: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -201,7 +198,9 @@ class LowBitLinear(nn.Module):
     def _some_rows(self, count: int) -> list[slice]:
         return [slice(start, start + count) for start in range(0, self.out_features, count)]
 
-    def _unpacked(self, rows: slice) -> torch.Tensor:
+    def _numbers(self, rows: slice) -> torch.Tensor:
+        if not self.scheme.packed:
+            return self.weight[rows]
         return unpack(self.weight_packed[rows], self.scheme.bits, self.in_features)
 
     def extra_repr(self) -> str:

@@ -122,13 +122,10 @@ class _Blocks:
 
 
 def _check_widths(model, group_size: int, parent: Path) -> None:
-    import torch
+    from espalier.models.lowbit import linear_layers
 
-    head = model.get_output_embeddings()
     step = max(group_size, PACKED)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, torch.nn.Linear) or layer is head:
-            continue
+    for name, layer in linear_layers(model).items():
         if layer.in_features % step or layer.out_features % PACKED:
             raise UserError(
                 f"The layer {name} of {parent} maps {layer.in_features} to {layer.out_features} channels, but GPTQ"
