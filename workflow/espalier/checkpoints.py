@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -251,7 +252,13 @@ def _loading(source: str | Path) -> Iterator[None]:
 def know_pruned(source: str | Path) -> None:
     """Make the class of a width-pruned checkpoint known to transformers: Espalier's own, not the one carried there."""
     file = Path(source) / "config.json"
-    for name in read_json(file).get("architectures") or () if file.is_file() else ():
+    if not file.is_file():  # a hub model: a pruned checkpoint is a folder
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not read_json, which would advise to delete what may be the user's own model
+        raise UserError(f"The checkpoint {source} cannot be loaded: its config.json is damaged ({error}).") from None
+    for name in config.get("architectures") or ():
         if name.startswith("Pruned"):
             from espalier.models import pruned
 
