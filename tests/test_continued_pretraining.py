@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from espalier import checkpoints, document_stream
+from espalier import checkpoints, hub_cache
 from espalier.data import Text
 from espalier.document_stream import Documents, Windows
 from espalier.errors import UserError
@@ -104,13 +104,11 @@ def test_documents_of_the_hub_are_streamed(tmp_path, monkeypatch):
     write(tmp_path / "text.jsonl", [{"text": f"document {i}"} for i in range(20)])
     asked = []
 
-    def load_dataset(name, config, **options):
-        asked.append((name, config, options))
-        files = str(tmp_path / "text.jsonl")
-        return open_stream("json", data_files=files, split="train", streaming=True)
+    def builder_of(name, config, revision):
+        asked.append((name, config, revision))
+        return datasets.load_dataset_builder("json", data_files=str(tmp_path / "text.jsonl"))
 
-    open_stream = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub_cache, "builder_of", builder_of)
     hub = {"name": "d", "source": "hub", "id": "someone/words", "revision": "a" * 40}
     text = build(Text, {"dataset": hub, "split": "train", "config": "small"}, "text")
     first = Documents(text)
@@ -120,7 +118,7 @@ def test_documents_of_the_hub_are_streamed(tmp_path, monkeypatch):
     second = Documents(text)
     second.seek(position)
     assert [*begun, *second] == [f"document {i}" for i in range(20)]
-    assert asked[0] == ("someone/words", "small", {"split": "train", "revision": "a" * 40, "streaming": True})
+    assert asked[0] == ("someone/words", "small", "a" * 40)
 
 
 @pytest.fixture(scope="module")
@@ -182,4 +180,4 @@ def test_a_damaged_line_is_named(tmp_path):
     with (tmp_path / "text.jsonl").open("a") as stream:
         stream.write('{"text": "c\n')
     with pytest.raises(UserError, match=r"text.jsonl: the line at byte 28 is not valid JSON"):
-        list(document_stream.Documents(text))
+        list(Documents(text))

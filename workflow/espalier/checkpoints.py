@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import gptq_loading, lowbit_loading
+from espalier import gptq_loading, hub_cache, lowbit_loading
 from espalier.errors import UserError
 from espalier.files import read_json, write_json
 
@@ -270,11 +270,14 @@ def _download(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    offline = hub_cache.switched_off()
+    options = {"allow_patterns": hub_cache.MODEL_FILES, "local_files_only": offline}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx.HTTPError) as error:
-        raise UserError(f"The model {name}, revision {revision}, cannot be downloaded: {_first_line(error)}") from error
+        advice = " Run `snakemake prefetch` where there is internet." if offline else ""
+        reason = f"cannot be downloaded: {_first_line(error)}{advice}"
+        raise UserError(f"The model {name}, revision {revision}, {reason}") from error
 
 
 def _sizes(file: Path) -> tuple[int, int]:

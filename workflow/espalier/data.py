@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from espalier import hub_cache
 from espalier.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -201,9 +202,7 @@ def _local_rows(dataset: Dataset, split: str, config: str | None) -> Iterator[di
 
 
 def _hub_rows(dataset: Dataset, split: str, config: str | None) -> Iterable[dict]:
-    from datasets import load_dataset
-
     try:
-        return load_dataset(dataset.id, config, split=split, revision=dataset.revision)
+        return hub_cache.open_dataset(dataset.id, config, split, dataset.revision)
     except (OSError, ValueError) as error:
         raise UserError(f"The dataset '{dataset.name}' ({dataset.id}, split '{split}'): {error}") from error

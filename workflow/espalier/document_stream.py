@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from espalier import hub_cache
 from espalier.data import Text, local_file
 from espalier.errors import UserError, did_you_mean
 
@@ -137,10 +138,8 @@ class Windows:
 
 
 def _hub_stream(text: Text):
-    from datasets import load_dataset
-
     dataset = text.dataset
     try:
-        return load_dataset(dataset.id, text.config, split=text.split, revision=dataset.revision, streaming=True)
+        return hub_cache.open_dataset(dataset.id, text.config, text.split, dataset.revision, streaming=True)
     except (OSError, ValueError) as error:
         raise UserError(f"The dataset '{dataset.name}' ({dataset.id}, split '{text.split}'): {error}") from error

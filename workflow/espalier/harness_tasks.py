@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from espalier import hub_cache
 from espalier.data import Dataset
 from espalier.errors import UserError, did_you_mean
 
@@ -71,11 +72,29 @@ def _in_memory(splits: dict[str, list[dict]]):
 def _named(names: list[str]) -> tuple[list[str], Any]:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    class Prefetched(TaskManager):
+        def load(self, task_list):
+            with loading_by(hub_cache.open_named):
+                return super().load(task_list)
+
+    manager = Prefetched() if hub_cache.switched_off() else TaskManager()
     for name in names:
         if name not in manager.task_index:
             raise UserError(f"The lm-evaluation-harness has no task '{name}'.{did_you_mean(name, manager.all_tasks)}")
     return names, manager
+
+
+@contextlib.contextmanager
+def loading_by(load: Callable) -> Iterator[None]:
+    """Have tasks call `load` where they would call `datasets.load_dataset`."""
+    import datasets
+
+    usual = datasets.load_dataset
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = usual
 
 
 @contextlib.contextmanager

@@ -1,0 +1,324 @@
+"""Prefetch: what a study needs, and how it comes from a hub that fails."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, file_download
+
+from conftest import ROOT
+from espalier import hub, hub_cache, hub_download
+from espalier.errors import UserError
+from espalier.study import Study
+from hub_server import LONG, Fault, Hub, Repository, serve
+from hub_study import DEAD, TOKEN, fetch, model_files, of_cache, study, use_cache, use_hub, words
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> dict[str, bytes]:
+    return model_files(tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture
+def client(monkeypatch, tmp_path):
+    """A hub, which this process's own huggingface_hub asks."""
+    with serve() as server:
+        use_hub(monkeypatch, server, tmp_path / "cache")
+        yield server
+
+
+# What a study needs --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_study_needs_is_found_in_every_section(tmp_path):
+    tiny_at, words_at, glue_at = "a" * 40, "b" * 40, "c" * 40
+    encoder = {"hub": "someone/encoder", "revision": tiny_at, "task": "masked-lm"}
+    text = {"dataset": "words", "config": "one"}
+    found = hub.needed(
+        study(
+            tmp_path,
+            {"tiny": tiny_at, "words": words_at},
+            models={
+                "m": {"hub": "someone/tiny", "revision": tiny_at},
+                "e": encoder,
+                "never-measured": {"hub": "someone/huge", "revision": tiny_at},
+            },
+            datasets={
+                "words": {"hub": "someone/words", "revision": words_at},
+                "glue": {"hub": "someone/glue", "revision": glue_at},
+            },
+            calibrations={"few": {"text": {**text, "split": "train[:50%]"}, "samples": 2, "length": 8}},
+            recipes={
+                "w4": {"quantize": "gptq", "bits": 4, "calibration": "few"},
+                "more": {
+                    "tune": "continued-pretraining",
+                    "text": {**text, "config": "two", "split": "train[10%:]+extra"},
+                    "validation": {**text, "config": "two", "split": "held"},
+                    "steps": 1,
+                },
+                "instruct": {"tune": "lora", "dataset": "words", "split": "chat", "steps": 1},
+                "mnli": {"tune": "classify", "task": "mnli", "dataset": "glue", "steps": 1},
+                "never-used": {"tune": "sft", "dataset": "words", "split": "other", "steps": 1},
+            },
+            suites={
+                "held": {"evaluate": "perplexity", "text": {**text, "split": "test"}},
+                "mnli": {"evaluate": "glue", "task": "mnli", "dataset": "glue"},
+                "zero-shot": {"evaluate": "harness", "tasks": ["boolq", "piqa"]},
+            },
+            workloads={
+                "ask": {"profile": "scoring", "tasks": ["piqa"]},
+                "idle": {"profile": "scoring", "tasks": ["wic"]},
+            },
+            measure=[
+                {"model": "m", "chains": ["dense+more+w4", "dense+instruct"], "suites": ["held"], "workloads": ["ask"]},
+                {"model": "e", "chains": ["dense+mnli"], "suites": ["mnli"]},
+            ],
+        )
+    )
+    splits = {(one.kind, one.id, one.config, one.revision): one.splits for one in found}
+    assert splits == {
+        ("model", "someone/tiny", None, tiny_at): (),
+        ("model", "someone/encoder", None, tiny_at): (),
+        ("dataset", "someone/words", "one", words_at): ("test", "train"),
+        ("dataset", "someone/words", "two", words_at): ("extra", "held", "train"),
+        ("dataset", "someone/words", None, words_at): ("chat",),
+        ("dataset", "someone/glue", "mnli", glue_at): ("train", "validation_matched", "validation_mismatched"),
+        ("task", "boolq", None, None): (),
+        ("task", "piqa", None, None): (),
+    }
+    by_name = {(one.id, one.config): one.needed_by for one in found}
+    assert by_name["piqa", None] == ("suites.zero-shot", "workloads.ask")
+    assert by_name["someone/words", "one"] == ("calibrations.few", "datasets.words", "recipes.w4", "suites.held")
+
+
+def test_the_demo_needs_nothing_of_the_hub(demo_config):
+    assert hub.needed(Study(demo_config)) == []
+    hub.check(Study(demo_config))
+
+
+# Downloads -----------------------------------------------------------------------------------------------------------
+
+WEIGHTS = "model.safetensors"
+PASSING = [
+    Fault("/cdn/", "stall", 1),
+    Fault("/cdn/", "truncate", 1),
+    Fault("/cdn/", "503", 2),
+    Fault("/cdn/", "429", 1),
+    Fault("/cdn/", "corrupt", 1),
+    Fault("/resolve/", "corrupt", 1),
+    Fault("/resolve/", "500", 1, "HEAD"),
+    Fault("/tree/", "502", 2),
+    Fault("/tree/", "stall", 1),
+]
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=lambda fault: f"{fault.kind} {fault.path}")
+def test_a_fault_that_passes_is_outlived(client, model, tmp_path, monkeypatch, fault):
+    if fault.kind == "stall":
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    revision = client.add("models", "someone/tiny", model)
+    client.faults.append(Fault(**vars(fault)))
+    started = time.monotonic()
+    manifest = fetch(tmp_path / "prefetch.json", "someone/tiny", revision)
+    assert time.monotonic() - started < 0.9 * LONG, "an answer that does not come is not waited for"
+    assert client.faults[0].times == 0
+    files = {Path(one["path"]).name: one for one in manifest["items"][0]["files"]}
+    assert set(files) == set(model)
+    for name, content in model.items():
+        stored = Path(constants.HF_HUB_CACHE) / files[name]["path"]
+        assert stored.read_bytes() == content
+        assert (files[name]["size"], files[name]["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    if fault.kind in ("stall", "truncate") and fault.path == "/cdn/":
+        kept = len(model[WEIGHTS]) // 2 // 1000 * 1000
+        assert client.ranges == [f"bytes={kept}-"], "the rest alone was asked for again"
+
+
+LASTING = {
+    "503": (Fault("/cdn/", "503"), "answers with status 503, again and again. Type the same command later"),
+    "429": (Fault("/cdn/", "429"), "answers with status 429, again and again. Type the same command later"),
+    "500 to HEAD": (Fault("/resolve/", "500", method="HEAD"), "answers with status 500, again and again"),
+    "checksum": (
+        Fault("/cdn/", "corrupt"),
+        "file model.safetensors, cannot be downloaded: its checksum is not the one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LASTING)
+def test_a_fault_that_lasts_is_one_sentence_and_leaves_nothing_half(client, model, tmp_path, case):
+    fault, message = LASTING[case]
+    revision = client.add("models", "someone/tiny", model)
+    client.faults.append(Fault(**vars(fault)))
+    with pytest.raises(UserError, match=message):
+        fetch(tmp_path / "prefetch.json", "someone/tiny", revision)
+    assert not (tmp_path / "prefetch.json").exists()
+    for file in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*"):
+        assert file.read_bytes() == model[file.name]
+    client.faults.clear()
+    fetch(tmp_path / "prefetch.json", "someone/tiny", revision)
+
+
+def refused(server: Hub, model: dict) -> dict[str, tuple[str, str, str]]:
+    """Name, revision and the sentence about each thing that cannot be had."""
+    at = server.add("models", "someone/gated", model, token=TOKEN)
+    server.add("models", "someone/private", model)
+    server.repositories["models", "someone/private"] = Repository({at: model}, TOKEN, "RepoNotFound")
+    return {
+        "gated": ("someone/gated", at, "is gated: accept its licence .* set HF_TOKEN"),
+        "private": ("someone/private", at, "has nothing of this name, or it is private. .* set HF_TOKEN"),
+        "no such model": ("someone/gaited", at, "has nothing of this name"),
+        "no such revision": ("someone/gated", "f" * 40, "no such revision"),
+        "no id": ("some one/gated", at, "cannot be downloaded: Repo id must use alphanumeric"),
+    }
+
+
+@pytest.mark.parametrize("case", ["gated", "private", "no such model", "no such revision", "no id"])
+def test_what_cannot_be_had_is_named_with_what_to_do(client, model, tmp_path, monkeypatch, case):
+    name, revision, message = refused(client, model)[case]
+    if case == "no such revision":
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(UserError, match=message) as caught:
+        fetch(tmp_path / "prefetch.json", name, revision)
+    assert f"The model {name} at {revision[:12]} (models.m)" in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+DATA = {
+    "gated": ("someone/gated", "one", None, r"is gated: accept its licence .* set HF_TOKEN"),
+    "no such data set": ("someone/wirds", "one", None, r"has nothing of this name, or it is private"),
+    "no such revision": ("someone/words", "one", "f" * 40, r"no such revision"),
+    "no such config": ("someone/words", "three", None, r"'three' not found. Available: \['one', 'two'\]"),
+    "no config": ("someone/words", None, None, r"Config name is missing"),
+    "no such split": ("someone/words", "one", None, r"has no split 'tset'. Did you mean 'test'\?"),
+    "503": ("someone/words", "one", None, r"answers with status 503, again and again"),
+    "broken rows": ("someone/broken", None, None, r"cannot be downloaded: .*JSON"),
+    "no rows": ("someone/empty", None, None, r"cannot be downloaded: .*(data files|Data files|empty)"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_a_data_set_that_cannot_be_had_is_named_with_what_to_do(client, tmp_path, monkeypatch, case):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", client.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
+    name, config, revision, message = DATA[case]
+    commit = client.add("datasets", "someone/words", words(0))
+    client.add("datasets", "someone/broken", {"train.jsonl": b'{"text": "cut o'})
+    client.add("datasets", "someone/empty", {"README.md": b"nothing"})
+    client.add("datasets", "someone/gated", words(0), token=TOKEN)
+    revision = revision or next(iter(client.repositories.get(("datasets", name), Repository({commit: {}})).commits))
+    if case == "503":
+        client.faults.append(Fault("train.jsonl", "503"))
+    splits = ("tset",) if case == "no such split" else ("train",)
+    item = hub.Item("dataset", name, config, revision, splits, ("suites.held",))
+    with pytest.raises(UserError, match=message) as caught:
+        hub_download.prefetch("s", [item], tmp_path / "prefetch.json")
+    assert name in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", DEAD)
+    with pytest.raises(UserError, match=f"{DEAD} cannot be reached, or stops answering .*Connection refused"):
+        fetch(tmp_path / "prefetch.json", "someone/tiny", "a" * 40)
+
+
+def test_the_token_goes_to_the_hub_and_to_no_other_host(client, model, tmp_path, monkeypatch):
+    revision = client.add("models", "someone/gated", model, token=TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    fetch(tmp_path / "prefetch.json", "someone/gated", revision)
+    assert {token for _, path, token in client.asked if "/cdn/" in path} == {None}
+    assert {token for _, path, token in client.asked if "/someone/gated/" in path} == {f"Bearer {TOKEN}"}
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_downloaded(client, tmp_path, monkeypatch):
+    revision = client.add("models", "someone/tiny", {WEIGHTS: bytes(10**4)})
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(
+        UserError, match=r"needs 0.0 GB more in the hub's cache, and .* has 0.0 GB free: make room, or set HF_HOME"
+    ):
+        fetch(tmp_path / "prefetch.json", "someone/tiny", revision)
+    assert client.downloads() == []
+
+
+def test_a_disk_that_fills_up_is_named(client, model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    revision = client.add("models", "someone/tiny", model)
+    monkeypatch.setattr(file_download, "_chmod_and_move", fail)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\). Set HF_HOME"):
+        fetch(tmp_path / "prefetch.json", "someone/tiny", revision)
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(client, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    use_cache(monkeypatch, tmp_path / "file")
+    with pytest.raises(UserError, match=f"The hub's cache {tmp_path}/file cannot be written .Not a dir.*Set HF_HOME"):
+        fetch(tmp_path / "prefetch.json", "someone/tiny", "a" * 40)
+
+
+def test_a_prefetch_goes_on_where_another_ended(client, model, tmp_path):
+    """Finished files stay, a partial one of a dead process goes, and a damaged one is downloaded again."""
+    revision = client.add("models", "someone/tiny", model)
+    file = tmp_path / "prefetch.json"
+    first = fetch(file, "someone/tiny", revision)
+    stored = Path(constants.HF_HUB_CACHE) / hub_cache.snapshot("model", "someone/tiny", revision)
+    (stored / "config.json").unlink()
+    with (stored / WEIGHTS).open("r+b") as stream:
+        stream.truncate(100)
+    dead, living = (stored.parents[1] / "blobs" / f"{name}.incomplete" for name in ("dead", "living"))
+    for partial in (dead, living):
+        partial.write_bytes(b"half")
+    os.utime(dead, (0, 0))
+    client.asked.clear()
+    assert fetch(file, "someone/tiny", revision) == first
+    (again,) = client.downloads()
+    assert again.endswith(WEIGHTS), "what the link that went pointed to is still there"
+    assert (stored / WEIGHTS).read_bytes() == model[WEIGHTS]
+    assert (dead.exists(), living.exists()) == (False, True)
+    client.asked.clear()
+    fetch(file, "someone/tiny", revision)
+    assert client.downloads() == []
+
+
+def test_two_prefetches_at_once_leave_one_whole_cache(client, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    revision = client.add("models", "someone/tiny", model)
+    client.faults.append(Fault("/cdn/", "stall", 1))
+    with ThreadPoolExecutor(2) as pool:
+        files = [tmp_path / study / "prefetch.json" for study in ("one", "two")]
+        first, second = pool.map(lambda file: fetch(file, "someone/tiny", revision), files)
+    assert first == second
+    for file in first["items"][0]["files"]:
+        assert (Path(constants.HF_HUB_CACHE) / file["path"]).read_bytes() == model[Path(file["path"]).name]
+
+
+def test_a_killed_prefetch_is_gone_on_with(client, model, tmp_path):
+    revision = client.add("models", "someone/tiny", model)
+    client.faults.append(Fault("/cdn/", "stall", 1))
+    file = tmp_path / "prefetch.json"
+    command = [sys.executable, str(ROOT / "workflow/scripts/prefetch_hub.py"), "--study", "s", "--manifest", str(file)]
+    command += ["--needed", json.dumps({"items": [{"kind": "model", "id": "someone/tiny", "revision": revision}]})]
+    with subprocess.Popen(command, env=of_cache(tmp_path / "cache", client.endpoint)) as process:
+        while len(client.downloads()) < len(model):
+            assert process.poll() is None
+        threading.Event().wait(0.1)  # so that small files are stored
+        process.kill()
+    assert not file.exists()
+    client.asked.clear()
+    fetch(file, "someone/tiny", revision)
+    assert [path.rpartition("/")[2] for path in client.downloads()] == [WEIGHTS]

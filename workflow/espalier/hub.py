@@ -1,0 +1,159 @@
+"""What a study needs of the hub, and whether it lies in the cache: asked before jobs start that have no internet.
+
+`snakemake prefetch` (hub_download.py) writes the manifest, results/{study}/prefetch.json. `check` compares it with the
+study and with the cache, by names and sizes alone, so that it costs a dry-run nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from espalier import glue_tasks, hub_cache
+from espalier.data import Dataset
+from espalier.errors import UserError, did_you_mean
+from espalier.files import read_json
+
+if TYPE_CHECKING:
+    from espalier.study import Study
+
+
+@dataclass(frozen=True)
+class Item:
+    """A model, a data set, or a task of the lm-evaluation-harness, whose data set only the harness knows."""
+
+    kind: Literal["model", "dataset", "task"]
+    id: str  # of the hub; of a task, its name
+    config: str | None = None  # subset of a data set
+    revision: str | None = None  # the commit; of a task's data set prefetch finds it
+    splits: tuple[str, ...] = ()  # of a data set, those that are read
+    needed_by: tuple[str, ...] = ()  # entries of the study's config
+
+
+def needed(study: Study) -> list[Item]:
+    """Return what the study's jobs read of the hub, each thing once, in a fixed order.
+
+    Of models, recipes and workloads those that are measured; suites and calibration sets all, because each is compared
+    with each.
+    """
+    found: dict[tuple, Item] = {}
+    for item in _named(study):
+        key = (item.kind, item.id, item.config or "", item.revision or "")
+        have = found.get(key, item)
+        splits, needed_by = {*have.splits, *item.splits}, {*have.needed_by, *item.needed_by}
+        found[key] = dataclasses.replace(item, splits=tuple(sorted(splits)), needed_by=tuple(sorted(needed_by)))
+    return [found[key] for key in sorted(found)]
+
+
+def _named(study: Study) -> Iterator[Item]:
+    resolved = study.resolved
+    models = {one.model for one in study.wanted}
+    tokens = {token for one in study.wanted for token in one.chain.split("+")[1:]}
+    workloads = {one.name for one in study.wanted if one.kind == "profile"}
+    for name in models:
+        if resolved.models[name].hub:
+            yield Item(
+                "model", resolved.models[name].hub, None, resolved.models[name].revision, (), (f"models.{name}",)
+            )
+    for name, calibration in resolved.calibrations.items():
+        yield from _datasets(calibration, f"calibrations.{name}")
+    sections = {
+        "models": {name: step for name, step in resolved.pretrained.items() if name in models},
+        "recipes": {name: step for name, step in resolved.recipes.items() if name in tokens},
+        "suites": resolved.suites,
+        "workloads": {name: step for name, step in resolved.workloads.items() if name in workloads},
+    }
+    for section, steps in sections.items():
+        for name, step in steps.items():
+            yield from _datasets(step.recipe, f"{section}.{name}")
+            if hasattr(step.recipe, "tasks") and step.recipe.dataset is None:
+                yield from (Item("task", task, needed_by=(f"{section}.{name}",)) for task in step.recipe.tasks)
+
+
+def _datasets(part: Any, where: str) -> Iterator[Item]:
+    """Yield the hub's data sets that a recipe, or a part of one such as a text, reads."""
+    dataset = getattr(part, "dataset", None)
+    if isinstance(dataset, Dataset) and dataset.source == "hub":
+        # A GLUE task is a config of the data set; its evaluation reads the validation splits.
+        config = part.task if hasattr(part, "task") else getattr(part, "config", None)
+        splits = part.split.split("+") if hasattr(part, "split") else glue_tasks.TASKS[part.task].splits.values()
+        names = tuple(split.partition("[")[0] for split in splits)
+        yield Item("dataset", dataset.id, config, dataset.revision, names, (where, f"datasets.{dataset.name}"))
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Dataset):
+            yield from _datasets(value, where)
+
+
+def as_json(study: Study) -> str:
+    """Return what the study needs as the script of prefetch takes it."""
+    return json.dumps({"items": [dataclasses.asdict(item) for item in needed(study)]})
+
+
+def manifest_file(study: Study) -> Path:
+    return study.root / "prefetch.json"
+
+
+def environment(study: Study) -> dict[str, str]:
+    """Return the environment of jobs that have no internet: the hub is off, and they know what was prefetched."""
+    file = manifest_file(study).resolve()
+    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", hub_cache.MANIFEST: str(file)}
+
+
+def check(study: Study) -> None:
+    """Raise one UserError that names all that the study needs of the hub and that is not whole in the cache."""
+    wanted = needed(study)
+    file = manifest_file(study)
+    manifest = read_json(file) if wanted and file.is_file() else {"items": [], "tasks": []}
+    roots = hub_cache.roots()
+    missing = [(item, lack) for item in wanted if (lack := _lack(item, manifest, roots))]
+    if missing:
+        names = "; ".join(f"{say(item)}: {lack}" for item, lack in missing)
+        raise UserError(
+            f"{study.file}: the jobs cannot ask the hub, and its cache ({roots['hub'].parent}) lacks what they need:"
+            f" {names}. Where there is internet, type: snakemake prefetch --configfile {shlex.quote(study.file)}"
+        )
+
+
+def say(item: Item) -> str:
+    """Return what an item is and which entries of the study need it, for a message."""
+    config = f", config {item.config}" if item.config else ""
+    revision = f" at {item.revision[:12]}" if item.revision else ""
+    what = {"model": "model", "dataset": "data set", "task": "harness task"}[item.kind]
+    return f"{what} {item.id}{config}{revision} ({', '.join(item.needed_by)})"
+
+
+def _lack(item: Item, manifest: dict, roots: dict[str, Path]) -> str | None:
+    """Return what is wrong with an item, or None if it is there; of several files, the first."""
+    if item.kind == "task":
+        found = [one for one in manifest["items"] if item.id in one["tasks"]]
+        known = item.id in manifest["tasks"]
+    else:
+        alike = [
+            one for one in manifest["items"] if (one["kind"], one["id"], one["by_task"]) == (item.kind, item.id, False)
+        ]
+        found = [one for one in alike if (one["config"], one["revision"]) == (item.config, item.revision)]
+        known = bool(found)
+        if alike and not known:
+            return "prefetched at another revision or config only"
+    if not known:
+        return "never prefetched"
+    for split in item.splits:
+        if split not in found[0]["splits"]:
+            return f"it has no split '{split}'.{did_you_mean(split, found[0]['splits'])}"
+    return next((lack for one in found for file in one["files"] if (lack := _file_lack(file, roots))), None)
+
+
+def _file_lack(file: dict, roots: dict[str, Path]) -> str | None:
+    path = roots[file["root"]] / file["path"]
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        return f"{path} is gone"
+    return None if size == file["size"] else f"{path} has {size} bytes, not {file['size']}"

@@ -1,0 +1,119 @@
+"""Models and data sets of the hub as jobs read them: over the internet, or, with the hub switched off, as prefetched.
+
+With the hub switched off (HF_HUB_OFFLINE=1) the datasets library alone would read whatever revision of a data set it
+prepared last. So jobs read the folder that the study's manifest names, which `snakemake prefetch` wrote; where that
+lies they learn from the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.errors import UserError
+from espalier.files import read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset
+
+MANIFEST = "ESPALIER_PREFETCH"  # the environment variable that names the study's manifest
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+# What does not change the rows that load_dataset returns.
+IMMATERIAL = ("token", "cache_dir", "download_mode", "trust_remote_code", "num_proc", "keep_in_memory")
+
+
+def switched_off() -> bool:
+    """Return whether the hub may not be asked, which HF_HUB_OFFLINE=1 says."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
+
+
+def roots() -> dict[str, Path]:
+    """Return the cache's two folders: `hub` has files as they are on the hub, `datasets` has prepared tables."""
+    from huggingface_hub import constants
+
+    datasets = os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")
+    return {"hub": Path(constants.HF_HUB_CACHE), "datasets": Path(os.path.expanduser(datasets))}
+
+
+def snapshot(kind: str, name: str, revision: str) -> str:
+    """Return the folder of a model's or dataset's files at a commit, below the root `hub`."""
+    return f"{kind}s--{name.replace('/', '--')}/snapshots/{revision}"
+
+
+def open_dataset(
+    name: str, config: str | None, split: str, revision: str, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Return a split of a data set at a commit. Raises OSError or ValueError of the datasets library, or UserError."""
+    if switched_off():
+        builder = _prefetched({"id": name, "config": config, "revision": revision, "arguments": {}})
+    else:
+        builder = builder_of(name, config, revision)
+    return _read(builder, split, streaming)
+
+
+def open_named(
+    path: str, name: str | None = None, *, split: str | None = None, streaming: bool = False, **arguments: Any
+) -> Dataset | DatasetDict | IterableDataset:
+    """Stand in for `datasets.load_dataset` in a task of the lm-evaluation-harness, with the hub switched off."""
+    wanted = {"id": path, "config": name, "arguments": material(arguments)}
+    return _read(_prefetched(wanted), split, streaming)
+
+
+def material(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `datasets.load_dataset` that say which rows are meant, as plain JSON."""
+    given = {key: value for key, value in arguments.items() if value is not None and key not in IMMATERIAL}
+    return json.loads(json.dumps(given, default=str, sort_keys=True))
+
+
+def builder_of(name: str, config: str | None, revision: str | None, **arguments: Any) -> DatasetBuilder:
+    """Return the builder of a data set at a commit; raises OSError where the hub cannot be asked for that commit.
+
+    Without the hub the datasets library would take the revision that it prepared last, whatever was asked for.
+    """
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(name, config, revision=revision, **arguments)
+    if revision is not None and builder.hash != revision:
+        raise ConnectionError(f"the hub does not answer, and revision {revision} is not in the cache")
+    return builder
+
+
+def _read(builder: DatasetBuilder, split: str | None, streaming: bool) -> Dataset | DatasetDict | IterableDataset:
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _prefetched(wanted: dict[str, Any]) -> DatasetBuilder:
+    """Return the builder of the prepared folder of the first data set in the manifest that is what is `wanted`."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if MANIFEST not in os.environ:
+        raise UserError(
+            f"The data set {wanted['id']} cannot be read while HF_HUB_OFFLINE is set, because {MANIFEST} does not name"
+            " the study's results/STUDY/prefetch.json, which `snakemake prefetch` writes."
+        )
+    items = read_json(Path(os.environ[MANIFEST]))["items"]
+    # Of a task of the harness nobody names a revision: it is the one that prefetch found.
+    sought = {"kind": "dataset", "by_task": "revision" not in wanted, **wanted}
+    found = next((item for item in items if all(item[key] == value for key, value in sought.items())), None)
+    if found is None:
+        raise UserError(
+            f"The data set {wanted['id']} (config {wanted['config']}) is not in {os.environ[MANIFEST]}: run"
+            " `snakemake prefetch` where there is internet."
+        )
+    name, config, version, commit = Path(found["folder"]).parts
+    return Cache(
+        cache_dir=str(datasets.config.HF_DATASETS_CACHE),
+        repo_id=found["id"],
+        dataset_name=name.rpartition("___")[2],
+        config_name=config,
+        version=version,
+        hash=commit,
+    )

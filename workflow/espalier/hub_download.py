@@ -1,0 +1,209 @@
+"""Prefetch: what a study needs of the hub goes into the hub's cache, and what was found there into the manifest.
+
+Commits are pinned: a task of the lm-evaluation-harness, which names none, keeps the one that its first prefetch found.
+Every file's checksum is compared with the hub's. Finished files stay when a prefetch ends early, and the next one goes
+on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier import hub_cache
+from espalier.errors import UserError, did_you_mean
+from espalier.files import read_json, write_json
+from espalier.hub import Item, say
+from espalier.hub_files import Wanted, check_writable, download, listed, sha256, tried
+from espalier.progress import progress
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+    from huggingface_hub import RepoFile
+
+
+def prefetch(study: str, items: list[Item], file: Path) -> dict:
+    """Download all items that are not in the cache yet, write the manifest to `file`, and return it.
+
+    Raises UserError for what cannot be had, before anything large is downloaded where that can be known.
+    """
+    earlier = read_json(file) if file.is_file() else {"items": [], "tasks": []}
+    check_writable()
+    known = _known(earlier)
+    models = {item: _model_files(item) for item in items if item.kind == "model"}
+    data = {item: _data_files(item) for item in items if item.kind == "dataset"}
+    files = [one for part in models.values() for one in part] + [one for _, part in data.values() for one in part]
+    _check_room(files, list(data.values()))
+    sums = download(files, known)
+    found = [_entry(item, files=listed(part, sums)) for item, part in models.items()]
+    for item, (builder, part) in progress(data.items(), "prefetch, data sets prepared", len(data)):
+        found.append(_entry(item, **_prepared(item, builder, known), downloads=listed(part, sums)))
+    tasks = [item for item in items if item.kind == "task"]
+    found += _of_tasks(tasks, earlier, known)
+    manifest = {"study": study, "items": found, "tasks": sorted(item.id for item in tasks)}
+    write_json(file, manifest)
+    return manifest
+
+
+def _entry(item: Item, **more: Any) -> dict:
+    """Return an item of the manifest."""
+    plain = {"arguments": {}, "by_task": False, "tasks": [], "splits": []}
+    return {**asdict(item), "needed_by": list(item.needed_by), **plain, **more}
+
+
+def _known(earlier: dict) -> dict[tuple[str, int], str]:
+    """Return the sha256 of files by path and size, from the earlier manifest; tables damaged since are removed."""
+    root = hub_cache.roots()["datasets"]
+    known = {}
+    for item in earlier["items"]:
+        files = [*item["files"], *item.get("downloads", [])]
+        if "folder" in item and any(_size(root / one["path"]) != one["size"] for one in item["files"]):
+            shutil.rmtree(root / item["folder"], ignore_errors=True)
+            files = item["downloads"]
+        known |= {(one["path"], one["size"]): one["sha256"] for one in files}
+    return known
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+# What there is -------------------------------------------------------------------------------------------------------
+
+
+def _model_files(item: Item) -> list[Wanted]:
+    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub.utils import filter_repo_objects
+
+    def ask() -> list[Wanted]:
+        tree = HfApi().list_repo_tree(item.id, recursive=True, revision=item.revision)
+        files = {one.path: one for one in tree if isinstance(one, RepoFile)}
+        chosen = filter_repo_objects(files, allow_patterns=hub_cache.MODEL_FILES)
+        return [_wanted(item, files[path]) for path in chosen]
+
+    return tried(ask, say(item))
+
+
+def _data_files(item: Item, **arguments: Any) -> tuple[DatasetBuilder, list[Wanted]]:
+    """Return the builder of a data set, and the files of the hub that it is prepared from."""
+    from huggingface_hub import HfApi
+
+    if item.revision is not None:
+        tried(lambda: _ask_for_card(item), say(item))
+    builder = tried(lambda: hub_cache.builder_of(item.id, item.config, item.revision, **arguments), say(item))
+    start = f"hf://datasets/{item.id}@{item.revision}/"
+    sources = (str(one) for files in (builder.config.data_files or {}).values() for one in files)
+    paths = sorted({one.removeprefix(start) for one in sources if one.startswith(start)})
+
+    def ask() -> list[Wanted]:
+        parts = (paths[i : i + 500] for i in range(0, len(paths), 500))
+        options = {"revision": item.revision, "repo_type": "dataset"}
+        found = [one for part in parts for one in HfApi().get_paths_info(item.id, part, **options)]
+        return [_wanted(item, one) for one in found]
+
+    return builder, tried(ask, say(item))
+
+
+def _ask_for_card(item: Item) -> None:
+    """Read the data set's README, as the datasets library would: but its own errors do not say what the hub said."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with contextlib.suppress(RemoteEntryNotFoundError):
+        hf_hub_download(item.id, "README.md", repo_type="dataset", revision=item.revision)
+
+
+def _wanted(item: Item, file: RepoFile) -> Wanted:
+    digest, size = (file.lfs.sha256, file.lfs.size) if file.lfs else (None, file.size)
+    return Wanted(item.kind, item.id, item.revision, file.path, size, digest, file.blob_id, say(item))
+
+
+# Room ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_room(files: list[Wanted], data: list[tuple[DatasetBuilder, list[Wanted]]]) -> None:
+    """Raise UserError if the disk cannot hold what is not in the cache yet: files, and tables prepared from them."""
+    roots = hub_cache.roots()
+    absent = {one for one in files if not (roots["hub"] / one.place).exists()}
+    # A table is about as large as its files, unless the data set says what it will be.
+    tables = [
+        builder.info.dataset_size or sum(one.size for one in part)
+        for builder, part in data
+        if not Path(builder.cache_dir).exists()
+    ]
+    needed = {"hub": sum(one.size for one in absent), "datasets": sum(tables)}
+    disks: dict[int, tuple[int, Path]] = {}
+    for root, path in roots.items():
+        total, _ = disks.get(path.stat().st_dev, (0, path))
+        disks[path.stat().st_dev] = total + needed[root], path
+    for size, path in disks.values():
+        free = shutil.disk_usage(path).free
+        if size > free:
+            raise UserError(
+                f"The study needs {size / 1e9:.1f} GB more in the hub's cache, and the disk of {path} has"
+                f" {free / 1e9:.1f} GB free: make room, or set HF_HOME to a folder on a larger disk."
+            )
+
+
+# Data sets -----------------------------------------------------------------------------------------------------------
+
+
+def _prepared(item: Item, builder: DatasetBuilder, known: dict) -> dict:
+    """Prepare a data set's tables from its files; return folder, splits and files for the manifest."""
+    root = hub_cache.roots()["datasets"]
+    folder = Path(builder.cache_dir)
+    tried(builder.download_and_prepare, say(item))
+    splits = sorted(builder.info.splits)
+    for split in item.splits:
+        if split not in splits:
+            raise UserError(f"The {say(item)} has no split '{split}'.{did_you_mean(split, splits)}")
+    files = []
+    for file in sorted(folder.iterdir()):
+        path, size = str(file.relative_to(root)), file.stat().st_size
+        digest = known.get((path, size)) or sha256(file)
+        files.append({"root": "datasets", "path": path, "size": size, "sha256": digest})
+    return {"folder": str(folder.relative_to(root)), "splits": splits, "files": files}
+
+
+def _of_tasks(tasks: list[Item], earlier: dict, known: dict) -> list[dict]:
+    """Prefetch what the tasks of the harness load, by loading them; return items of the manifest."""
+    found: dict[str, tuple[dict, DatasetBuilder]] = {}  # by what a task asks for
+
+    def load(path: str, name: str | None = None, *, split: str | None = None, streaming: bool = False, **arguments):
+        asked = {"id": path, "config": name, "arguments": hub_cache.material(arguments), "by_task": True}
+        if str(asked) not in found:
+            before = [one["revision"] for one in earlier["items"] if all(one[key] == asked[key] for key in asked)]
+            item = Item("dataset", path, name, before[0] if before else _commit(path, asked["arguments"], task))
+            options = {key: value for key, value in asked["arguments"].items() if key != "revision"}
+            builder, files = _data_files(item, **options)
+            _check_room(files, [(builder, files)])
+            sums = download(files, known)
+            entry = {**_entry(item), **asked, **_prepared(item, builder, known), "downloads": listed(files, sums)}
+            found[str(asked)] = entry, builder
+        entry, builder = found[str(asked)]
+        entry["tasks"] = sorted({*entry["tasks"], task.id})
+        entry["needed_by"] = sorted({*entry["needed_by"], *task.needed_by})
+        return builder.as_streaming_dataset(split=split) if streaming else builder.as_dataset(split=split)
+
+    if tasks:
+        from espalier import harness_tasks
+
+        with harness_tasks.only_errors():
+            _, manager = harness_tasks.load([item.id for item in tasks], None)
+            with harness_tasks.loading_by(load):
+                for task in progress(tasks, "prefetch, tasks of the harness"):
+                    manager.load([task.id])
+    return [entry for entry, _ in found.values()]
+
+
+def _commit(name: str, arguments: dict[str, Any], task: Item) -> str | None:
+    """Return the commit that a task's data set has now; None for files that are not of the hub."""
+    from huggingface_hub import HfApi
+
+    if "/" not in name or Path(name).exists():
+        return None
+    asked = arguments.get("revision") or "main"
+    return tried(lambda: HfApi().dataset_info(name, revision=asked).sha, f"data set {name} of the {say(task)}")
