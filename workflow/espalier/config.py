@@ -120,6 +120,21 @@ class Resolved:
     figures: dict[str, Step]
 
 
+def read(file: Path) -> dict:
+    """Return a study's config as Snakemake reads it. Raises UserError for a file that is missing or no mapping."""
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The study {file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The study {file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(mapping, dict):
+        raise UserError(f"The study {file} must be a mapping of sections.")
+    return mapping
+
+
 def resolve(mapping: dict, file: str, results: str = "results") -> Resolved:
     """Return the checked study of a config mapping; `file` opens each error message. Raises UserError."""
     config = build(Config, expand(mapping, file), f"{file}:")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class Study:
     def code(self, script: str, section: str | None = None, name: str | None = None, module: str | None = None) -> str:
         """Return the code version of a script, with a plugin's `module`, or the one that a recipe names."""
         modules = self.step(section, name).modules if section else [module] if module else []
-        return code_version(SCRIPTS / script, modules)
+        return _code(script, tuple(modules))
 
     def timed(self, workload: str) -> bool:
         """Return whether a workload measures time: then its jobs must share the machine with no other."""
@@ -92,7 +92,12 @@ class Study:
         module = plugins.load(step.kind, step.method)
         if not hasattr(module, "processes"):
             return 1
-        return module.processes(step.recipe, max(1, resources.get("gpu", 0), _gpus(resources.get("gres", ""))))
+        return module.processes(step.recipe, max(1, resources.get("gpu", 0), gpus_of(resources.get("gres", ""))))
+
+    def gpus(self, resources: Mapping, submitted: bool) -> str:
+        """Return what a job's command begins with: it takes its GPUs itself, unless it was submitted and given them."""
+        count = 0 if submitted or self.config.device == "cpu" else resources.get("gpu", 0)
+        return f"python workflow/scripts/hold_gpus.py {count} " if count else ""
 
     def generated(self, dataset: str) -> str:
         """Return the recipe of a generated dataset as JSON."""
@@ -294,12 +299,17 @@ class Study:
         return task
 
 
+@cache  # each of a study's jobs asks
+def _code(script: str, modules: tuple[str, ...]) -> str:
+    return code_version(SCRIPTS / script, modules)
+
+
 def _text_name(text: Text) -> str:
     digest = hashlib.sha256(json.dumps(as_dict(text)).encode()).hexdigest()
     return f"{text.dataset.name}-{digest[:8]}"
 
 
-def _gpus(gres: str) -> int:
+def gpus_of(gres: str) -> int:
     """Return the number of GPUs in Slurm's list of generic resources, of NAME, NAME:COUNT and NAME:TYPE:COUNT."""
     found = (one.split(":") for one in gres.split(","))
     return sum(int(parts[-1]) if parts[-1].isdigit() else 1 for parts in found if parts[0] == "gpu")

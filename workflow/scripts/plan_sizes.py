@@ -13,7 +13,6 @@ import dataclasses
 from pathlib import Path
 
 from espalier import cli
-from espalier.errors import UserError
 from espalier.files import whole_file
 
 HEADINGS = ("model", "chain", "parameters", "of dense", "at 16 bit", "peak")
@@ -24,31 +23,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="config of the study")
     parser.add_argument("--csv", type=Path, help="file to write the same numbers to")
     arguments = parser.parse_args(argv)
-    from espalier import sizes
+    from espalier import config, sizes
     from espalier.study import Study
 
-    rows = sizes.of_study(Study(read(arguments.study), file=str(arguments.study)))
+    rows = sizes.of_study(Study(config.read(arguments.study), file=str(arguments.study)))
     print(table(rows))
     if arguments.csv:
         with whole_file(arguments.csv) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(field.name for field in dataclasses.fields(sizes.Size))
             writer.writerows(dataclasses.astuple(row) for row in rows)
-
-
-def read(file: Path) -> dict:
-    """Return a study's config as Snakemake reads it. Raises UserError for a file that is missing or no mapping."""
-    import yaml
-
-    try:
-        mapping = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The study {file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"The study {file} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(mapping, dict):
-        raise UserError(f"The study {file} must be a mapping of sections.")
-    return mapping
 
 
 def table(rows: list) -> str:
