@@ -10,6 +10,7 @@ import sys
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
+from espalier import hub, needs, preflight, takeover
 from espalier.errors import UserError
 from espalier.study import Study
 
@@ -27,6 +28,14 @@ except UserError as error:
     # Snakemake would print a traceback for any other exception.
     sys.tracebacklimit = 0
     raise WorkflowError(str(error))
+
+
+needs.study = STUDY
+takeover.guard(workflow, STUDY, lambda executor: preflight.check(workflow, STUDY, executor))
+
+
+if workflow.remote_exec:  # a job that was submitted; not every cluster hands the environment on to it
+    os.environ.update(hub.environment(STUDY))
 
 
 # Jobs run in the environment that runs snakemake, also where it is not activated; with --software-deployment-method,
@@ -51,6 +60,7 @@ wildcard_constraints:
     text=STUDY.pattern(STUDY.texts),
 
 
+include: "workflow/rules/prefetch.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/prune.smk"

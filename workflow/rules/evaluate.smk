@@ -22,8 +22,9 @@ rule evaluate_model:
         recipe=lambda w: STUDY.content("suites", w.suite),
         code=lambda w: STUDY.code("evaluate_model.py", "suites", w.suite),
         device=STUDY.config.device,
+        gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,
     shell:
-        "python workflow/scripts/evaluate_model.py --model {input.model} --recipe {params.recipe:q}"
+        "{params.gpus}python workflow/scripts/evaluate_model.py --model {input.model} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.result} --study {params.study} --model-name {wildcards.model}"
         " --seed {wildcards.seed} --chain {wildcards.chain} --name {wildcards.suite} 2>&1 | tee {log}"

@@ -9,6 +9,12 @@ import glob
 from espalier import plugins
 
 
+# A second or two each, drawn where snakemake runs: no cluster's queue is worth them.
+localrules:
+    draw_figure,
+    draw_reference_figure,
+
+
 rule draw_figure:
     """Draw a chart of this study from its raw results."""
     input:

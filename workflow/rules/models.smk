@@ -42,9 +42,10 @@ rule pretrain_model:
         recipe=lambda w: STUDY.content("pretrained", w.model),
         code=lambda w: STUDY.code("pretrain_model.py", "pretrained", w.model),
         device=STUDY.config.device,
+        gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,
     shell:
-        "python workflow/scripts/pretrain_model.py --recipe {params.recipe:q} --device {params.device}"
+        "{params.gpus}python workflow/scripts/pretrain_model.py --recipe {params.recipe:q} --device {params.device}"
         " --output {output.model} --step {output.step} --study {params.study} --model-name {wildcards.model}"
         " --seed {wildcards.seed} --chain dense --name dense 2>&1 | tee {log}"
 

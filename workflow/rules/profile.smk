@@ -23,8 +23,9 @@ rule profile_model:
         recipe=lambda w: STUDY.content("workloads", w.workload),
         code=lambda w: STUDY.code("profile_model.py", "workloads", w.workload),
         device=STUDY.config.device,
+        gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,
     shell:
-        "python workflow/scripts/profile_model.py --model {input.model} --recipe {params.recipe:q}"
+        "{params.gpus}python workflow/scripts/profile_model.py --model {input.model} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.result} --study {params.study} --model-name {wildcards.model}"
         " --seed {wildcards.seed} --chain {wildcards.chain} --name {wildcards.workload} 2>&1 | tee {log}"

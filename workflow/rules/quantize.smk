@@ -26,9 +26,10 @@ rule quantize_model:
         recipe=lambda w: STUDY.content("recipes", w.recipe),
         code=lambda w: STUDY.code("quantize_model.py", "recipes", w.recipe),
         device=STUDY.config.device,
+        gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,
     shell:
-        "python workflow/scripts/quantize_model.py --parent {input.parent} --recipe {params.recipe:q}"
+        "{params.gpus}python workflow/scripts/quantize_model.py --parent {input.parent} --recipe {params.recipe:q}"
         " --device {params.device} --output {output.model} --step {output.step} --study {params.study}"
         " --model-name {wildcards.model} --seed {wildcards.seed} --chain {wildcards.parent}+{wildcards.recipe}"
         " --name {wildcards.recipe} 2>&1 | tee {log}"

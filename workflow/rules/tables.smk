@@ -4,6 +4,12 @@ In:  raw results
 Out: tables/metrics.csv  tables/quantization.json  tables/quantization_paired.csv
 """
 
+
+# A second or two each, made where snakemake runs: no cluster's queue is worth them.
+localrules:
+    make_metrics,
+
+
 TABLES = [f"{STUDY.root}/tables/metrics.csv", f"{STUDY.root}/tables/calibration.json"]
 
 
@@ -32,6 +38,9 @@ rule make_metrics:
 
 if "quantization_tradeoff" in STUDY.resolved.figures:
     TABLES += [f"{STUDY.root}/tables/{name}" for name in ("quantization.json", "quantization_paired.csv")]
+
+    localrules:
+        make_quantization_table,
 
     rule make_quantization_table:
         """Make the table of quantized variants with the published table's names and keys, and their paired tests."""

@@ -25,6 +25,7 @@ rule tune_model:
         recipe=lambda w: STUDY.content("recipes", w.recipe),
         code=lambda w: STUDY.code("tune_model.py", "recipes", w.recipe),
         device=STUDY.config.device,
+        gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,
         # Not an output: Snakemake removes outputs before a job, and what a killed training saved is to be found again.
         state=f"{RUN}/{{parent}}+{{recipe}}/training-state",
@@ -33,8 +34,8 @@ rule tune_model:
     # A cluster sends SIGTERM to all processes of a job. The shell and tee outlive it, so that the training, which has a
     # handler of its own, can save itself and say so.
     shell:
-        "trap '' TERM; python workflow/scripts/tune_model.py --parent {input.parent} --recipe {params.recipe:q}"
-        " --device {params.device} --output {output.model} --step {output.step} --state {params.state}"
-        " --processes {params.processes} --study {params.study}"
+        "trap '' TERM; {params.gpus}python workflow/scripts/tune_model.py --parent {input.parent}"
+        " --recipe {params.recipe:q} --device {params.device} --output {output.model} --step {output.step}"
+        " --state {params.state} --processes {params.processes} --study {params.study}"
         " --model-name {wildcards.model} --seed {wildcards.seed} --chain {wildcards.parent}+{wildcards.recipe}"
         " --name {wildcards.recipe} 2>&1 | tee {log}"
