@@ -1,16 +1,19 @@
 # make demo    install, run the demo study, draw its charts       make test    install, run the tests
 # make lint    ruff, snakefmt, snakemake --lint                   make docs    write the reference of the config
 # make format  put the code into its format                       make clean   remove what the demo made
+# make plan STUDY=config.yaml [PROFILE=slurm]   what a study will cost: jobs, hours, disk; nothing is run
 # make bench-prune   time and memory of every pruning method, as ratios to one forward pass of the calibration set
 # make bench-quantize   time and memory of quantized models, as ratios to float32 and bfloat16 ones
+# make watch [STUDY=config.yaml]   which of a study's jobs run, wait and failed, from another shell
 
 PYTHON ?= python3
 VENV := .venv
+STUDY ?= config.yaml
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check-demo bench-prune bench-quantize lint format docs clean install
+.PHONY: demo test watch plan check-demo bench-prune bench-quantize lint format docs clean install
 
 demo: $(INSTALLED)
 	snakemake --cores all
@@ -24,18 +27,27 @@ demo: $(INSTALLED)
 	@echo "Report:"
 	@echo "  results/demo/report.html"
 
+# Two processes, one thread each; a file's tests stay together, because they share what is slow to make.
 test: $(INSTALLED)
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
 
 # Do the numbers of a finished demo show what its charts are there to show?
 check-demo: $(INSTALLED)
 	pytest -m demo
+
+# What a study will cost, before anything is run or submitted.
+plan: $(INSTALLED)
+	@python workflow/scripts/plan_study.py $(STUDY) $(if $(PROFILE),--profile $(PROFILE))
 
 bench-prune: $(INSTALLED)
 	python tests/benchmarks/prune.py
 
 bench-quantize: $(INSTALLED)
 	python tests/benchmarks/quantize.py
+
+# Nothing is installed here, because jobs may be running.
+watch:
+	@python workflow/scripts/show_jobs.py $(STUDY)
 
 lint: $(INSTALLED)
 	ruff check .
