@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
-from espalier import checkpoints, plugins, recipes
+from espalier import checkpoints, gptq_loading, plugins, recipes
 from espalier.models.anatomy import adopt, keep, parts_of, remove_blocks
 from tiny import calibration, llama
 
@@ -99,6 +101,33 @@ def test_a_pruned_model_is_quantized_saved_and_opened_elsewhere(parents, made, f
     assert torch.equal(found, logits(made[name, parent]))
     most = QUANTIZERS[name][2]
     assert most / 50 < (found - true).norm() / true.norm() < most
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if "8" in name])
+def test_no_quantizer_runs_the_code_that_a_checkpoint_carries(parents, name, tmp_path):
+    """The class of a width-pruned model is Espalier's own, when it is quantized and when the result is opened."""
+    parent, folder = tmp_path / "parent", tmp_path / "quantized"
+    shutil.copytree(parents["narrow"], parent)
+    folder.mkdir()
+    (parent / "pruned.py").write_text("raise SystemExit('code of the parent was run')")
+    method, mapping, _ = QUANTIZERS[name]
+    module = plugins.load("quantize", method)
+    mapping = mapping | ({"calibration": calibration(tmp_path / "words")} if method in CALIBRATED else {})
+    module.apply(parent, folder, recipes.build(module.Recipe, mapping, "recipe"), seed=0, device="cpu")
+    (folder / "pruned.py").write_text("raise SystemExit('code of the quantized checkpoint was run')")
+    assert type(checkpoints.load(folder, device="cpu").model).__module__ == "espalier.models.pruned"
+    assert type(checkpoints.load(parent, device="cpu").model).__module__ == "espalier.models.pruned"
+
+
+def test_gptqmodel_may_import_code_only_of_a_checkpoint_that_is_trusted(monkeypatch):
+    def fetch(*_, **__):
+        raise LookupError("the code would be imported")
+
+    monkeypatch.setattr(dynamic_module_utils, "get_cached_module_file", fetch)
+    for trusted, error in ((True, LookupError), (False, ValueError)):
+        with gptq_loading.no_carried_code(trusted), pytest.raises(error, match="code"):
+            dynamic_module_utils.get_class_from_dynamic_module("own.Model", "folder")
+        assert dynamic_module_utils.get_cached_module_file is fetch
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

@@ -1,4 +1,7 @@
-"""GPTQModel made fit for a pipeline: set up before it is imported, silent in logs, loaded in the dtype asked for."""
+"""GPTQModel made fit for a pipeline: set up before it is imported, silent in logs, loaded in the dtype asked for.
+
+And without code that a checkpoint carries, which GPTQModel runs whether or not anybody trusts it.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +78,27 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_carried_code(trusted: bool) -> Iterator[None]:
+    """Unless it is trusted, have transformers refuse to import code that a checkpoint carries.
+
+    GPTQModel imports a model's class before it looks at trust, and where a tokenizer cannot be loaded without trust, it
+    loads it again with trust. It goes on without either, and what needs code of its own then fails as it should.
+    Import GPTQModel before: a module of transformers that is first imported in here might keep the refusal.
+    """
+    from transformers import dynamic_module_utils
+
+    def refuse(folder, file, *_, **__):
+        raise ValueError(f"{folder} carries code, {file}, that nobody has said to trust.")
+
+    usual = dynamic_module_utils.get_cached_module_file
+    dynamic_module_utils.get_cached_module_file = usual if trusted else refuse
+    try:
+        yield
+    finally:
+        dynamic_module_utils.get_cached_module_file = usual
+
+
+@contextlib.contextmanager
 def no_logs() -> Iterator[None]:
     """Send the log file that GPTQModel puts into ./logs for each quantization to a temporary folder."""
     from gptqmodel.looper import loop_processor
@@ -118,4 +142,5 @@ def load(source: Path, dtype: str, device: str, kernel: str = "auto", **options)
         if dtype == "float32" and (kind == "cuda" or kernel == "torch-aten"):
             dtype = "float16" if kind == "cuda" else "bfloat16"
         options = {"dtype": getattr(torch, dtype), "backend": backend, **options}
-        return GPTQModel.load(str(source), device=device, **options).model
+        with no_carried_code(options.get("trust_remote_code", False)):
+            return GPTQModel.load(str(source), device=device, **options).model

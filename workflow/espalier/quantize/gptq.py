@@ -64,7 +64,8 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     tokenizer = checkpoints.load_tokenizer(parent)
     drawn = recipe.calibration.draw(tokenizer)
     torch.manual_seed(seed)
-    with gptq_loading.quiet(), gptq_loading.no_logs():
+    trusted = info.get("trust_remote_code", False)
+    with gptq_loading.quiet(), gptq_loading.no_logs(), gptq_loading.no_carried_code(trusted):
         from gptqmodel import GPTQModel, QuantizeConfig
 
         config = QuantizeConfig(
@@ -82,7 +83,7 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
             config,
             dtype=getattr(torch, dtype),
             device=device,
-            trust_remote_code=info.get("trust_remote_code", False),
+            trust_remote_code=trusted,
         )
         _check_widths(model.model, recipe.group_size, parent)
         model.layer_callback = _Blocks(model.model.config.num_hidden_layers)
