@@ -9,8 +9,9 @@ import sys
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from espalier import hub, needs, preflight, takeover
+from espalier import hub, needs, takeover
 from espalier.errors import UserError
 from espalier.study import Study
 
@@ -31,10 +32,12 @@ except UserError as error:
 
 
 needs.study = STUDY
-takeover.guard(workflow, STUDY, lambda executor: preflight.check(workflow, STUDY, executor))
+takeover.guard(workflow, STUDY)
 
 
-if workflow.remote_exec:  # a job that was submitted; not every cluster hands the environment on to it
+os.environ.update(hub.pins(STUDY))
+# In a job that was submitted, on a file system that it shares; not every cluster hands the environment on to it.
+if workflow.remote_exec and SharedFSUsage.PERSISTENCE in workflow.storage_settings.shared_fs_usage:
     os.environ.update(hub.environment(STUDY))
 
 

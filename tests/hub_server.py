@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, unquote
 
 LARGE = 100_000  # bytes
 LONG = 20  # seconds of a stall
-ADDRESS = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
-FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)")
+ADDRESS = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+?)?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+FILE = re.compile(r"/(datasets/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.*)")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -148,12 +149,66 @@ def test_gpus_that_the_user_hides_are_not_taken_and_have_one_lock_under_either_n
     assert taken(by_uuid) == ["GPU-b"]
 
 
+def test_a_part_of_a_gpu_is_taken_under_its_name(start):
+    """The older form of such a name has slashes in it."""
+    part = "MIG-GPU-a/1/0"
+    assert taken(start(1, CUDA_VISIBLE_DEVICES=part)) == [part]
+    assert said(start(1, CUDA_VISIBLE_DEVICES=part)) == f"waiting for GPUs: 1 of {part}"
+
+
+def test_every_user_can_lock_a_gpu_and_none_can_delete_the_lock_of_another(start, machine):
+    """Whatever their umasks are; a job keeps its own."""
+    usual = os.umask(0o077)
+    try:
+        assert taken(start(1, "import os; print(oct(os.umask(0)))")) == ["0o77"]
+    finally:
+        os.umask(usual)
+    assert stat.filemode(machine.stat().st_mode) == "drwxrwxrwt"
+    assert {file.name: stat.filemode(file.stat().st_mode) for file in machine.iterdir()} == {
+        "GPU-a": "-rw-r--r--",
+        "turn": "-rw-r--r--",
+    }
+
+
+@pytest.mark.parametrize("target", ["private", "missing", None])
+def test_a_folder_of_locks_that_is_none_is_refused_and_not_followed(machine, monkeypatch, target):
+    monkeypatch.setattr(devices, "LOCKS", machine)
+    if target:
+        machine.symlink_to(target)
+    else:
+        machine.touch()
+    private = machine.parent / "private"
+    private.mkdir(0o700)
+    with pytest.raises(UserError, match=f"^{machine} is not a folder, but locks .* delete it\\.$"):
+        devices.take(1)
+    assert stat.filemode(private.stat().st_mode) == "drwx------"
+    assert list(private.iterdir()) == []
+    assert not (machine.parent / "missing").exists()
+
+
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(machine, monkeypatch):
+    monkeypatch.setattr(devices, "LOCKS", machine)
+    machine.mkdir()
+    (machine / "turn").symlink_to("elsewhere")
+    with pytest.raises(UserError, match=f"^{machine}/turn, the lock of a GPU, cannot be opened: .*\\.$"):
+        devices.take(1)
+    assert not (machine / "elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     ("hidden", "found"),
-    [({}, "are 0, 1"), ({"CUDA_VISIBLE_DEVICES": "1"}, "are 1"), ({"PATH": "/nowhere"}, "nvidia-smi finds none")],
+    [
+        ({}, "are 0, 1"),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "are 1"),
+        ({"CUDA_VISIBLE_DEVICES": "1,-1,0"}, "are 1"),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "nvidia-smi finds none"),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "nvidia-smi finds none"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "nvidia-smi finds none"),
+        ({"PATH": "/nowhere"}, "nvidia-smi finds none"),
+    ],
 )
 def test_more_gpus_than_there_are_is_an_error(monkeypatch, hidden, found):
     for name, value in hidden.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"'gpu' of this job is 3, .*{found}"):
+    with pytest.raises(UserError, match=f"'gpu' of this job is 3, .*{found}( |\\.$)"):
         devices.take(3)

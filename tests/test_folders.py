@@ -22,8 +22,10 @@ NOWHERE = "/proc/espalier"  # no file can be made in /proc, not even by root
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project with all that it writes to below one folder."""
-    for variable in ("HF_HOME", "XDG_CACHE_HOME", "TMPDIR"):
+    for variable in ("XDG_CACHE_HOME", "TMPDIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
+    for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -39,12 +41,13 @@ def refuse(monkeypatch: pytest.MonkeyPatch, name: str, number: int, **left: int)
 
 
 def test_nothing_is_left_of_a_try(project):
-    folders.check(Path("results/study"))
+    folders.check(Path("results/study"), [project / "hub"])
     folders.check_cache()
+    folders.check_caches([project / "hub"])
     assert list(project.iterdir()) == []
 
 
-@pytest.mark.parametrize("variable", ["HF_HOME", "XDG_CACHE_HOME", "TMPDIR"])
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "TMPDIR"])
 def test_a_folder_of_the_environment(project, monkeypatch, variable):
     monkeypatch.setenv(variable, NOWHERE)
     with pytest.raises(UserError) as caught:
@@ -53,14 +56,24 @@ def test_a_folder_of_the_environment(project, monkeypatch, variable):
     assert re.match(rf"{NOWHERE} \(.*\) cannot be written to: .*set the environment variable {variable} to", line)
 
 
-def test_the_cache_of_the_hub_lies_in_the_general_one(project, monkeypatch):
-    monkeypatch.delenv("HF_HOME")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", NOWHERE)
-    with pytest.raises(UserError) as caught:
-        folders.check(Path("results"))
-    names = [line.split(" (")[0] for line in str(caught.value).splitlines()]
-    assert names == [f"{NOWHERE}/.cache", f"{NOWHERE}/.cache/huggingface"]
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"])
+def test_a_folder_of_the_hubs_cache(project, monkeypatch, variable):
+    monkeypatch.setenv(variable, NOWHERE)
+    for check in (folders.check_caches, lambda caches: folders.check(Path("results"), caches)):
+        with pytest.raises(UserError) as caught:
+            check([Path(NOWHERE), project])
+        (line,) = str(caught.value).splitlines()
+        assert re.match(rf"{NOWHERE} \(the hub's cache\) cannot be .*set the environment variable {variable} to", line)
+    folders.check(Path("results"))  # of a study that needs nothing of the hub
+
+
+def test_a_folder_inside_one_that_may_not_be_entered(project, monkeypatch):
+    def fail(_: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", fail)
+    with pytest.raises(UserError, match=r"hub \(the hub's cache\) cannot be written to: Permission denied; make room"):
+        folders.check_caches([project / "hub"])
 
 
 @pytest.mark.parametrize("name", [".snakemake", "results"])
@@ -91,7 +104,7 @@ FULL = {
 def test_why_nothing_can_be_written(project, monkeypatch, number, left, words):
     refuse(monkeypatch, "fsync", number, **left)  # where a quota on a network's file system shows at the latest
     with pytest.raises(UserError) as caught:
-        folders.check(Path("results"))
+        folders.check(Path("results"), [project / "hub"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 6
     assert all(f" cannot be written to: {words}; make room there, or " in line for line in lines)

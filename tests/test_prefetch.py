@@ -12,13 +12,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants, file_download
 
 from conftest import ROOT
-from espalier import hub, hub_cache, hub_download
+from espalier import harness_tasks, hub, hub_cache, hub_download
 from espalier.errors import UserError
 from espalier.study import Study
 from hub_server import LONG, Fault, Hub, Repository, serve
@@ -100,6 +102,29 @@ def test_what_a_study_needs_is_found_in_every_section(tmp_path):
     by_name = {(one.id, one.config): one.needed_by for one in found}
     assert by_name["piqa", None] == ("suites.zero-shot", "workloads.ask")
     assert by_name["someone/words", "one"] == ("calibrations.few", "datasets.words", "recipes.w4", "suites.held")
+
+
+def test_the_code_of_a_model_is_trusted_if_one_entry_trusts_it(tmp_path):
+    entry = {"hub": "someone/tiny", "revision": "a" * 40}
+    of = study(
+        tmp_path,
+        {"tiny": "a" * 40, "words": "b" * 40},
+        models={"m": entry, "trusted": {**entry, "trust_remote_code": True}, "other": {**entry, "hub": "someone/big"}},
+        measure=[{"model": name, "chains": ["dense"], "suites": ["held"]} for name in ("m", "trusted", "other")],
+    )
+    models = {one.id: (one.trust_remote_code, one.needed_by) for one in hub.needed(of) if one.kind == "model"}
+    assert models == {"someone/big": (False, ("models.other",)), "someone/tiny": (True, ("models.m", "models.trusted"))}
+
+
+def test_jobs_write_to_the_cache_only_where_they_read_data_sets(tmp_path, demo_config, monkeypatch):
+    use_cache(monkeypatch, tmp_path / "cache")
+    commits = {"tiny": "a" * 40, "words": "b" * 40}
+    length = {"profile": "memory", "input_tokens": [8], "output_tokens": [2], "batch_sizes": [1]}
+    measure = [{"model": "m", "chains": ["dense"], "workloads": ["long"]}]
+    bare = {"datasets": {}, "suites": {}, "workloads": {"long": length}, "measure": measure}
+    assert hub.written(Study(demo_config)) == []
+    assert hub.written(study(tmp_path, commits, **bare)) == []
+    assert hub.written(study(tmp_path, commits)) == [tmp_path / "cache/datasets"]
 
 
 def test_the_demo_needs_nothing_of_the_hub(demo_config):
@@ -194,6 +219,39 @@ def test_what_cannot_be_had_is_named_with_what_to_do(client, model, tmp_path, mo
     assert TOKEN not in str(caught.value)
 
 
+CODE = {
+    "elsewhere": ("other/code--modeling.Tiny", True, r"runs code of another repository, other/code, whose commit"),
+    "also elsewhere": ([None, "other/code--modeling.Tiny"], True, "another repository, other/code, whose commit"),
+    "beside it": ("modeling.Tiny", True, None),
+    "its own": ("someone/tiny--modeling.Tiny", True, None),
+    "elsewhere, never run": ("other/code--modeling.Tiny", False, None),
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_a_model_with_code_of_another_repository_is_refused(client, model, tmp_path, case):
+    """Its commit is in no study; code that comes with the model is pinned with it."""
+    name, trusted, message = CODE[case]
+    config = json.loads(model["config.json"]) | {"auto_map": {"AutoModelForCausalLM": name}}
+    revision = client.add("models", "someone/tiny", model | {"config.json": json.dumps(config).encode()})
+    item = hub.Item("model", "someone/tiny", None, revision, (), ("models.m",), trust_remote_code=trusted)
+    if message is None:
+        hub_download.prefetch("s", [item], tmp_path / "prefetch.json")
+        return
+    with pytest.raises(UserError, match=message):
+        hub_download.prefetch("s", [item], tmp_path / "prefetch.json")
+    assert [path.rpartition("/")[2] for path in client.downloads()] == ["config.json"]
+
+
+def test_a_model_without_safetensors_is_refused_before_its_download(client, model, tmp_path):
+    revision = client.add(
+        "models", "someone/old", {"config.json": model["config.json"], "pytorch_model.bin": b"pickle"}
+    )
+    with pytest.raises(UserError, match=r"someone/old at \w+ \(models.m\) has no safetensors weights; other formats"):
+        fetch(tmp_path / "prefetch.json", "someone/old", revision)
+    assert client.downloads() == []
+
+
 DATA = {
     "gated": ("someone/gated", "one", None, r"is gated: accept its licence .* set HF_TOKEN"),
     "no such data set": ("someone/wirds", "one", None, r"has nothing of this name, or it is private"),
@@ -226,6 +284,76 @@ def test_a_data_set_that_cannot_be_had_is_named_with_what_to_do(client, tmp_path
     with pytest.raises(UserError, match=message) as caught:
         hub_download.prefetch("s", [item], tmp_path / "prefetch.json")
     assert name in str(caught.value)
+
+
+def of_task(monkeypatch, client, cache: Path, *asked: tuple, **arguments) -> hub.Item:
+    """A task of the harness that loads its data so."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", client.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+
+    def named(names, load):
+        return names, SimpleNamespace(load=lambda _: [load(*one, split="train", **arguments) for one in asked])
+
+    monkeypatch.setattr(harness_tasks, "named", named)
+    monkeypatch.setattr(harness_tasks, "only_errors", nullcontext)
+    return hub.Item("task", "boolq", needed_by=("suites.zero-shot",))
+
+
+def test_all_that_tasks_read_of_a_data_set_has_one_commit(client, tmp_path, monkeypatch):
+    """Also what a later prefetch adds, when the data set has moved on."""
+    file, cache = tmp_path / "prefetch.json", tmp_path / "cache"
+    commit = client.add("datasets", "someone/words", words(0))
+    item = of_task(monkeypatch, client, cache, ("someone/words", "one"))
+    hub_download.prefetch("s", [item], file)
+    client.add("datasets", "someone/words", words(100))
+    item = of_task(monkeypatch, client, cache, ("someone/words", "one"), ("someone/words", "two"))
+    found = hub_download.prefetch("s", [item], file)["items"]
+    assert [(one["config"], one["revision"]) for one in found] == [("one", commit), ("two", commit)]
+
+
+def test_a_task_may_read_files_that_are_not_of_the_hub(client, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_bytes(words(0)["one/train.jsonl"])
+    files = {"train": str(tmp_path / "rows.jsonl")}
+    item = of_task(monkeypatch, client, tmp_path / "cache", ("json",), data_files=files)
+    (found,) = hub_download.prefetch("s", [item], tmp_path / "prefetch.json")["items"]
+    assert (found["id"], found["revision"], client.asked) == ("json", None, [])
+
+
+def test_a_data_set_without_an_owner_is_one_of_the_hub(client, tmp_path, monkeypatch):
+    """The hub's client knows such old names no more; that is said of the task."""
+    commit = client.add("datasets", "xnli", words(0))
+    item = of_task(monkeypatch, client, tmp_path / "cache", ("xnli", "one"))
+    message = rf"data set xnli, config one at {commit[:12]} \(suites.zero-shot\) cannot be .*must be 'namespace/name'"
+    with pytest.raises(UserError, match=message):
+        hub_download.prefetch("s", [item], tmp_path / "prefetch.json")
+
+
+def test_all_splits_together_and_tables_with_work_beside_them(client, tmp_path, monkeypatch):
+    """What the datasets library leaves beside tables comes and goes, and is no part of the manifest."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", client.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
+    commits = {"tiny": "a" * 40, "words": client.add("datasets", "someone/words", words(0))}
+    text = {"dataset": "words", "config": "one", "split": "all"}
+    suites = {"held": {"evaluate": "perplexity", "text": text}}
+    needed = [one for one in hub.needed(study(tmp_path, commits, suites=suites)) if one.kind == "dataset"]
+    file = tmp_path / "results/s/prefetch.json"
+    first = hub_download.prefetch("s", needed, file)
+    rows = hub_cache.open_dataset("someone/words", "one", "all", commits["words"])
+    assert [row["text"] for row in rows] == [f"row {number}" for number in range(5)]
+    (folder,) = (tmp_path / "cache/datasets").glob("someone___words/one/*/*/")
+    before = set(folder.iterdir())
+    rows.filter(lambda row: row["text"] > "row 1").map(lambda row: {"letters": len(row["text"])})
+    (folder / "tmp1234").write_bytes(b"half")
+    assert len(set(folder.iterdir()) - before) > 1
+    client.asked.clear()
+    assert hub_download.prefetch("s", needed, file) == first
+    assert {Path(one["path"]).name for one in first["items"][0]["files"]} == {one.name for one in before}
+    monkeypatch.setattr(hub, "needed", lambda _: needed)
+    hub.check(study(tmp_path, commits, suites=suites))
 
 
 def test_a_hub_that_cannot_be_reached_is_named(client, tmp_path, monkeypatch):
@@ -267,7 +395,9 @@ def test_a_disk_that_fills_up_is_named(client, model, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_named(client, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     use_cache(monkeypatch, tmp_path / "file")
-    with pytest.raises(UserError, match=f"The hub's cache {tmp_path}/file cannot be written .Not a dir.*Set HF_HOME"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/file/hub .the hub's cache. cannot be written to: Not a dir.*HF_HOME to"
+    ):
         fetch(tmp_path / "prefetch.json", "someone/tiny", "a" * 40)
 
 
@@ -295,6 +425,21 @@ def test_a_prefetch_goes_on_where_another_ended(client, model, tmp_path):
     assert client.downloads() == []
 
 
+def test_a_link_out_of_the_cache_is_replaced_and_its_target_kept(client, model, tmp_path):
+    """Such as to a group's copy of a model, which is not this user's to delete."""
+    revision = client.add("models", "someone/tiny", model)
+    stored = Path(constants.HF_HUB_CACHE) / hub_cache.snapshot("model", "someone/tiny", revision)
+    stored.mkdir(parents=True)
+    copies = {WEIGHTS: b"short", "config.json": bytes(len(model["config.json"]))}  # one of another size, one damaged
+    for name, content in copies.items():
+        (tmp_path / name).write_bytes(content)
+        (stored / name).symlink_to(tmp_path / name)
+    fetch(tmp_path / "prefetch.json", "someone/tiny", revision)
+    for name, content in copies.items():
+        assert (tmp_path / name).read_bytes() == content
+        assert (stored / name).read_bytes() == model[name]
+
+
 def test_two_prefetches_at_once_leave_one_whole_cache(client, model, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     revision = client.add("models", "someone/tiny", model)
@@ -314,9 +459,11 @@ def test_a_killed_prefetch_is_gone_on_with(client, model, tmp_path):
     command = [sys.executable, str(ROOT / "workflow/scripts/prefetch_hub.py"), "--study", "s", "--manifest", str(file)]
     command += ["--needed", json.dumps({"items": [{"kind": "model", "id": "someone/tiny", "revision": revision}]})]
     with subprocess.Popen(command, env=of_cache(tmp_path / "cache", client.endpoint)) as process:
-        while len(client.downloads()) < len(model):
+        stored = tmp_path / "cache/hub" / hub_cache.snapshot("model", "someone/tiny", revision)
+        small = {stored / name for name in model} - {stored / WEIGHTS}
+        while not all(one.exists() for one in small):  # time.sleep does not sleep here
             assert process.poll() is None
-        threading.Event().wait(0.1)  # so that small files are stored
+            threading.Event().wait(0.02)
         process.kill()
     assert not file.exists()
     client.asked.clear()

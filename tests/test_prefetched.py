@@ -71,6 +71,13 @@ print(json.dumps({
     "task": harness_tasks.scored_texts(["capitals"], None, None),
 }))
 """
+ONLINE = """
+import json, os
+from espalier import harness_tasks, hub_cache
+pinned = harness_tasks.scored_texts(["capitals"], None, None)
+del os.environ[hub_cache.MANIFEST]
+print(json.dumps([pinned, harness_tasks.scored_texts(["capitals"], None, None)]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,7 @@ def prefetched(tmp_path_factory, model):
             "commits": commits,
             "tiny": tiny_at,
             "questions": questions,
+            "endpoint": server.endpoint,
             "manifests": (first[0], second[0]),
             "output": first[1] + second[1],
             "downloads": (server.downloads(), before),
@@ -138,6 +146,18 @@ def test_jobs_read_what_was_pinned_with_the_hub_switched_off(prefetched, model):
         "stream": ["row 3", "row 4"],
         "task": ["Capital of France? Paris", "Capital of France? Rome"],
     }
+
+
+def test_a_task_has_the_pinned_commit_also_with_the_hub_on(prefetched, tmp_path):
+    folder = prefetched["folder"]
+    environment = of_cache(tmp_path / "cache", prefetched["endpoint"]) | {"HF_TOKEN": TOKEN}
+    environment[hub_cache.MANIFEST] = str(folder / "results/s/prefetch.json")
+    (tmp_path / "job.py").write_text(ONLINE)
+    command = [sys.executable, "-c", DRIVER, str(folder / "tasks"), str(tmp_path / "job.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    questions = ("Capital of France?", "Another?")  # with the manifest, and without
+    assert json.loads(run.stdout) == [[f"{asked} Paris", f"{asked} Rome"] for asked in questions]
 
 
 def test_the_manifest_says_what_lies_where_and_its_checksums(prefetched):
@@ -192,6 +212,7 @@ def test_a_whole_cache_passes(whole, tmp_path):
 
 
 SUITE = {"held": {"evaluate": "perplexity", "text": {"dataset": "words", "config": "one", "split": "test"}}}
+LENGTHS = {"profile": "memory", "input_tokens": [8], "output_tokens": [2], "batch_sizes": [1]}
 CHANGES = {
     "a new model": (
         {"models": {"m": {"hub": "someone/other", "revision": "e" * 40}}},
@@ -237,6 +258,32 @@ def test_all_that_was_cleaned_up_or_cut_off_is_named_at_once(whole, tmp_path, mo
         hub.check(study(tmp_path, commits))
 
 
+def test_the_commits_of_tasks_are_those_of_a_recipes_own(whole, prefetched, tmp_path):
+    """They are a parameter of the jobs that read them: of others it never changes."""
+    file = tmp_path / "results/s/prefetch.json"
+    manifest = json.loads(file.read_text())
+    (task,) = (one for one in manifest["items"] if one["by_task"])
+    tables = {**task, "id": "someone/tables", "revision": "d" * 40, "tasks": ["more", "x"]}
+    local = {**task, "id": "json", "revision": None, "tasks": ["more"]}
+    manifest["items"] += [tables, {**tables, "arguments": {"revision": "parquet"}}, local]
+    file.write_text(json.dumps(manifest))
+    suites = {
+        **SUITE,
+        "zero-shot": {"evaluate": "harness", "tasks": ["capitals", "boolq"]},
+        "more": {"evaluate": "harness", "tasks": ["more"]},
+        "other": {"evaluate": "harness", "tasks": ["boolq"]},
+    }
+    workloads = {"ask": {"profile": "scoring", "tasks": ["capitals"]}, "long": LENGTHS}
+    of = study(tmp_path, whole[0], suites=suites, workloads=workloads)
+    found = {name: json.loads(hub.commits(of, "suites", name)) for name in suites}
+    found |= {name: json.loads(hub.commits(of, "workloads", name)) for name in workloads}
+    capitals = {"someone/questions": prefetched["questions"]}
+    more = {"someone/tables": "d" * 40, "someone/tables@parquet": "d" * 40}
+    assert found == {"held": {}, "zero-shot": capitals, "more": more, "other": {}, "ask": capitals, "long": {}}
+    file.unlink()
+    assert hub.commits(study(tmp_path, whole[0], suites=suites), "suites", "zero-shot") == "{}"
+
+
 def test_without_a_manifest_everything_is_named(whole, tmp_path):
     hub.manifest_file(study(tmp_path, whole[0])).unlink()
     with pytest.raises(UserError, match=r"someone/words.*never prefetched; model someone/tiny.*never prefetched"):
@@ -272,3 +319,28 @@ def test_a_study_without_prefetch_stops_at_once_and_with_it_runs_offline(model, 
     assert (table["calibrations"]["few"]["documents"], table["suites"]["held"]["too_short"]) == (3, 2)
     assert all(TOKEN not in run.stdout + run.stderr for run in (refused, prefetch, compared))
     assert leaks(project) + leaks(tmp_path / "cache") == []
+
+
+def test_a_new_pin_reruns_what_reads_it_and_nothing_else(tmp_path):
+    project = copy_project(tmp_path / "project")
+    suites = {**SUITE, "zero-shot": {"evaluate": "harness", "tasks": ["capitals"]}}
+    scoring = {"ask": {"profile": "scoring", "tasks": ["capitals"]}, "long": LENGTHS}
+    measure = [{"model": "m", "chains": ["dense"], "suites": list(suites), "workloads": list(scoring)}]
+    commits = {"tiny": "a" * 40, "words": "b" * 40}
+    of = study(tmp_path, commits, suites=suites, workloads=scoring, measure=measure)
+    (project / "s.yaml").write_text(yaml.safe_dump(dataclasses.asdict(of.config)))
+    results = [str(Path("results", *Path(path).relative_to(of.results).parts)) for path in of.raw_results()]
+    (project / "results/s/runs/m/s0/dense/model").mkdir(parents=True)
+    for path in results:
+        (project / path).parent.mkdir(exist_ok=True)
+        (project / path).write_text("{}")
+    common = ("--configfile", "s.yaml", "--cores", "1")
+    made = snakemake(project, *results, *common, "--touch", "--forceall")
+    assert made.returncode == 0, made.stderr
+    question = {"by_task": True, "tasks": ["capitals"], "id": "questions", "arguments": {}, "revision": "c" * 40}
+    (project / "results/s/prefetch.json").write_text(json.dumps({"items": [question]}))
+    again = snakemake(project, *results, *common, "-n")
+    assert again.returncode == 0, again.stderr
+    said = (again.stdout + again.stderr).splitlines()
+    outputs = {Path(line).name for line in said if line.startswith("    output: ")}
+    assert outputs == {"zero-shot.json", "ask.json"}

@@ -7,7 +7,7 @@ milliseconds and computes nothing.
 from __future__ import annotations
 
 import copy
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import yaml
 from conftest import copy_project, snakemake
 from test_reruns import jobs
 
-SECONDS = 10.0  # in which a finished study is found to be finished
+SECONDS = 10.0  # in which a finished study is found to be finished, on an otherwise idle machine
 SEEDS = range(5)
 REMOVED = range(1, 7)
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "openbookqa")
@@ -83,6 +83,12 @@ def finished(tmp_path_factory) -> Path:
     return project
 
 
+def processor_seconds() -> float:
+    """Return the processor's time that this process's children have taken which it has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def jobs_of(project: Path, study: dict) -> set[str]:
     """Return the first output of each job that `snakemake -n` would run for the study."""
     file = project / "edited.yaml"
@@ -91,13 +97,12 @@ def jobs_of(project: Path, study: dict) -> set[str]:
 
 
 def test_a_finished_study_is_found_finished_within_seconds(finished):
-    took = []
-    for _ in range(2):  # the faster of two: the machine may be busy with something else
-        started = time.monotonic()
-        assert jobs_of(finished, STUDY) == set()
-        took.append(time.monotonic() - started)
-    print(f"snakemake -n of 1,000 finished jobs: {min(took):.1f} s")
-    assert min(took) <= SECONDS
+    """Judged by the processor's time, which other processes of a busy machine lengthen less than the clock's."""
+    before = processor_seconds()
+    assert jobs_of(finished, STUDY) == set()
+    took = processor_seconds() - before
+    print(f"snakemake -n of 1,000 finished jobs: {took:.1f} s of the processor")
+    assert took <= SECONDS
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ RIGHT = {
     "GPUs without a type": {"slurm_partition": "plain", "gpu": 2},
     "two partitions": {"slurm_partition": "cpu,gpu", "gres": "gpu:a100:1", "runtime": 600},
     "a partition that is down": {"slurm_partition": "later"},
+    "two partitions, of which one is drained": {"slurm_partition": "cpu,cold"},
+    "another cluster's partition": {"slurm_partition": "gpus", "clusters": "other"},
     "no time limit": {"slurm_partition": "few", "runtime": 10**6, "cpus_per_task": 4},
     "one of two features": {"slurm_partition": "gpu", "constraint": "[rack1|a100]"},
     "two features": {"constraint": "h200&fast"},
@@ -239,6 +241,7 @@ TWO_ACCOUNTS = "lab|normal\nclinic|normal,long\n"
 APPLY = ": the user ada has no account on this cluster, which takes no job without one: apply for one."
 ACCOUNT_CASES = {
     "its default account": (ACCOUNTS, ONE_ACCOUNT, {}, None),
+    "the first of several": (ACCOUNTS, ONE_ACCOUNT, {"slurm_account": "lab, other"}, None),
     "in capitals": (ACCOUNTS, ONE_ACCOUNT, {"slurm_account": "LAB"}, None),
     "another account": (
         ACCOUNTS,
@@ -315,7 +318,7 @@ def test_a_controller_that_is_down_is_quoted(site):
 def test_sinfo_is_asked_for_every_node_in_full(site):
     assert mistakes({}) == []
     assert (site.folder / "sinfo.args").read_text().strip() == str(
-        ["--all", "--exact", "--noheader", "--format", FIELDS]
+        ["--all", "--exact", "--noconvert", "--noheader", "--format", FIELDS]
     )
 
 
@@ -352,6 +355,14 @@ def test_expressions_get_the_value_that_needs_no_job():
         "mem_mb": 8000,
     }
     assert threads == {"prune_model": 8}
+
+
+def test_where_the_plugin_chooses_the_partition_only_a_named_one_is_looked_at(site):
+    asked = {"gres": "gpu:a100:1"}
+    assert mistakes(asked)
+    slurm_site.check({"prune_model": asked}, {}, {}, plugin_chooses=True)
+    with pytest.raises(UserError, match="no partition 'gpus'"):
+        slurm_site.check({"prune_model": {"slurm_partition": "gpus"}}, {}, {}, plugin_chooses=True)
 
 
 def test_a_partition_with_the_name_of_a_function():

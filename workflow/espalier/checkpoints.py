@@ -14,7 +14,6 @@ A checkpoint without `espalier.json` is an ordinary transformers checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from espalier import gptq_loading, hub_cache, lowbit_loading
-from espalier.errors import UserError
-from espalier.files import read_json, write_json
+from espalier.errors import UserError, first_line
+from espalier.files import read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +135,7 @@ def refer(folder: Path, reference: dict) -> dict:
     write_description(folder, info)
     # The files may hold a tied weight twice, and buffers.
     write_description(folder, {**info, "parameters": logical_parameters(skeleton(folder))})
-    return {"sha256": {file.name: _sha256(file) for file in weights}}
+    return {"sha256": {file.name: sha256(file) for file in weights}}
 
 
 def pick_device(device: str = "auto") -> str:
@@ -167,7 +166,8 @@ def load(folder: Path, device: str = "auto", task: str | None = None, **options)
         know_pruned(source)
         if info["format"] == "gptqmodel":
             kernel = info.get("kernel", "auto")
-            model = gptq_loading.load(source, weights_dtype(folder), device, kernel, **options)
+            trust = info.get("trust_remote_code", False)
+            model = gptq_loading.load(source, weights_dtype(folder), device, kernel, trust_remote_code=trust, **options)
         else:
             model = _load_transformers(source, revision, task, info, device, options)
     model.eval()
@@ -246,7 +246,7 @@ def _loading(source: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_error()) as error:
-        raise UserError(f"The checkpoint {source} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The checkpoint {source} cannot be loaded: {first_line(error)}.") from error
 
 
 def know_pruned(source: str | Path) -> None:
@@ -276,7 +276,7 @@ def _download(name: str, revision: str) -> Path:
         return Path(snapshot_download(name, revision=revision, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx.HTTPError) as error:
         advice = " Run `snakemake prefetch` where there is internet." if offline else ""
-        reason = f"cannot be downloaded: {_first_line(error)}{advice}"
+        reason = f"cannot be downloaded: {first_line(error)}.{advice}"
         raise UserError(f"The model {name}, revision {revision}, {reason}") from error
 
 
@@ -290,13 +290,8 @@ def _sizes(file: Path) -> tuple[int, int]:
             counts = [math.prod(part.get_shape()) for part in slices]
             bits = [int(re.search(r"\d+", part.get_dtype())[0]) for part in slices]
     except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}.") from error
     return sum(counts), sum(count * width for count, width in zip(counts, bits, strict=True)) // 8
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load_transformers(source, revision, task: str, info: dict, device: str, options: dict):
@@ -322,8 +317,3 @@ def _safetensors_error() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     return (SafetensorError,)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if lines[0].endswith(".") else lines[0] + "."

@@ -6,13 +6,15 @@ the operating system's lock (flock) on each of its GPUs: the lock ends with the 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +25,10 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def present() -> dict[str, str]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES allows: the name that it has, or would have, for each, and its UUID."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES allows: the name that it has, or would have, for each, and its UUID.
+
+    As CUDA does, it leaves out all that follow a name of no kind of GPU, such as -1 or NoDevFiles.
+    """
     try:
         command = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -32,7 +37,8 @@ def present() -> dict[str, str]:
     uuids = dict(line.replace(" ", "").split(",") for line in lines if "," in line)
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = uuids if shown is None else [name.strip() for name in shown.split(",") if name.strip()]
-    return {name: uuids.get(name, name) for name in names}
+    known = itertools.takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names)
+    return {name: uuids.get(name, name) for name in known}
 
 
 def run(count: int, command: Sequence[str]) -> NoReturn:
@@ -48,15 +54,13 @@ def take(count: int) -> None:
     """Wait until `count` GPUs are free, at least one, hold them until this process ends, and have CUDA see no other.
 
     Who waits is not overtaken: otherwise a job of several GPUs might wait for ever. Raises UserError where the machine
-    has fewer GPUs.
+    has fewer GPUs, or whose folder of locks cannot be used.
     """
     gpus = present()
     if count > len(gpus):
         known = f"those that may be used are {', '.join(gpus)}" if gpus else "nvidia-smi finds none that may be used"
         raise UserError(f"The resource 'gpu' of this job is {count}, and of this machine's GPUs, {known}.")
-    LOCKS.mkdir(parents=True, exist_ok=True)
-    if LOCKS.stat().st_uid == os.getuid():
-        LOCKS.chmod(0o777)  # other users put their locks beside ours
+    _make_folder()
     terminated = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a job may ignore it; one that waits may not
     turn = _open("turn")
     fcntl.flock(turn, fcntl.LOCK_EX)
@@ -79,9 +83,37 @@ def take(count: int) -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES=",".join(taken), CUDA_DEVICE_ORDER="PCI_BUS_ID")
 
 
+def _make_folder() -> None:
+    """Make the locks' folder, in which every user makes files and nobody deletes another's: a deleted lock is none.
+
+    Raises UserError where something else has its name: to follow another user's link would be to change what it names.
+    """
+    with contextlib.suppress(FileExistsError), _modes_as_given():
+        LOCKS.mkdir(0o1777)
+    if LOCKS.is_symlink() or not LOCKS.is_dir():
+        raise UserError(f"{LOCKS} is not a folder, but locks of this machine's GPUs are to be in it: delete it.")
+
+
 def _open(name: str) -> int:
-    """Return an open file of the locks' folder; for reading, so that another user's file serves too."""
-    return os.open(LOCKS / name, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    """Return an open file of the locks' folder, made if it is missing; any user may read it, which is to lock it."""
+    file = LOCKS / name.replace("/", "_")  # MIG-GPU-<uuid>/1/0 is a part of a GPU
+    try:
+        with contextlib.suppress(FileExistsError), _modes_as_given():
+            return os.open(file, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        # Without O_CREAT, which the kernel refuses for another user's file in such a folder.
+        return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UserError(f"{file}, the lock of a GPU, cannot be opened: {error.strerror}.") from None
+
+
+@contextlib.contextmanager
+def _modes_as_given() -> Iterator[None]:
+    """Have files and folders made with the mode that is given, whatever this user's umask keeps from others."""
+    usual = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(usual)
 
 
 def _lock(uuid: str) -> int | None:

@@ -1,8 +1,9 @@
-"""The one error that a user of Espalier is meant to read, and the nearest right name for a misspelt one."""
+"""The one error that a user of Espalier is meant to read, and what such messages are made of."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -17,3 +18,12 @@ def did_you_mean(word: object, names: Iterable[str]) -> str:
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return a library's error as one line without a full stop, and without the queries of addresses.
+
+    Such a query may hold a signature.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\?[^\s'\"]+", "", line).rstrip(".")

@@ -1,8 +1,9 @@
-"""Outputs that appear whole or not at all."""
+"""Outputs that appear whole or not at all, and the checksums of files."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -64,6 +65,12 @@ def read_json(path: Path) -> dict:
             f"{path} is not valid JSON ({error}). It is truncated or damaged: delete it, and the"
             " workflow makes it again."
         ) from None
+
+
+def sha256(file: Path) -> str:
+    """Return the checksum of a file, 64 hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _partial(path: Path) -> Path:

@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,25 +28,26 @@ class Folder(NamedTuple):
     advice: str  # what to do if it cannot be written to
 
 
-def check(results: Path) -> None:
-    """Raise UserError, one line a folder, where a run that puts its results into `results` cannot write."""
+def check(results: Path, caches: Iterable[Path] = ()) -> None:
+    """Raise UserError, one line a folder, where a run that puts its results into `results` cannot write.
+
+    `caches`: folders of the hub's cache that its jobs write to.
+    """
     link = "make room there, or move it to a larger file system and leave a symbolic link in its place."
-    home = cache_home()
     folders = (
         Folder(Path.cwd(), "the project", "make room there, or work in a clone on a larger file system."),
         Folder(Path(".snakemake"), "Snakemake's records", link),
         Folder(results, "the results", link),
-        Folder(home, "the cache of Snakemake and others", _variable("XDG_CACHE_HOME")),
-        Folder(
-            Path(os.environ.get("HF_HOME") or home / "huggingface").expanduser(),
-            "models and datasets of the hub",
-            _variable("HF_HOME"),
-        ),
+        Folder(cache_home(), "the cache of Snakemake and others", _variable("XDG_CACHE_HOME")),
+        *map(_of_hub, caches),
         Folder(Path(os.environ.get("TMPDIR") or "/tmp"), "temporary files", _variable("TMPDIR")),
     )
-    mistakes = list(filter(None, map(_mistake, folders)))
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+    _check(folders)
+
+
+def check_caches(caches: Iterable[Path]) -> None:
+    """Raise UserError, one line a folder, for folders of the hub's cache that cannot be written."""
+    _check(map(_of_hub, caches))
 
 
 def check_cache() -> None:
@@ -60,6 +62,17 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
+def _of_hub(path: Path) -> Folder:
+    own = (name for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE") if os.environ.get(name) == str(path))
+    return Folder(path, "the hub's cache", _variable(next(own, "HF_HOME")))
+
+
+def _check(folders: Iterable[Folder]) -> None:
+    mistakes = list(filter(None, map(_mistake, folders)))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
 def _variable(name: str) -> str:
     where = "with room" if name == "TMPDIR" else "with room that all nodes share"
     return f"make room there, or set the environment variable {name} to a folder {where}."
@@ -68,9 +81,9 @@ def _variable(name: str) -> str:
 def _mistake(folder: Folder) -> str | None:
     """Return a sentence if `folder`, or where it is to be made, cannot be written to."""
     place = Path(os.path.realpath(folder.path))  # of a link whose target is gone, the target
-    while not place.exists():
-        place = place.parent
     try:
+        while not place.exists():
+            place = place.parent
         descriptor, probe = tempfile.mkstemp(prefix=".espalier-", dir=place)
         try:
             with open(descriptor, "wb") as file:

@@ -19,7 +19,7 @@ def load(names: list[str], dataset: Dataset | None) -> tuple[list, Any]:
     With a dataset, its folder tasks/ holds {task}.yaml and the rows; without one the names are the harness's own.
     Raises UserError for a task or a data file that does not exist.
     """
-    return _local(names, dataset) if dataset else _named(names)
+    return _local(names, dataset) if dataset else named(names)
 
 
 def scored_texts(names: list[str], dataset: Dataset | None, limit: int | None) -> list[str]:
@@ -69,15 +69,16 @@ def _in_memory(splits: dict[str, list[dict]]):
     return lambda **_: {split: Table.from_list(rows) for split, rows in splits.items()}
 
 
-def _named(names: list[str]) -> tuple[list[str], Any]:
+def named(names: list[str], load: Callable = hub_cache.open_named) -> tuple[list[str], Any]:
+    """Return the names of the harness's own tasks, and its task manager, which has tasks read their data by `load`."""
     from lm_eval.tasks import TaskManager
 
-    class Prefetched(TaskManager):
+    class Manager(TaskManager):
         def load(self, task_list):
-            with loading_by(hub_cache.open_named):
+            with _loading_by(load):
                 return super().load(task_list)
 
-    manager = Prefetched() if hub_cache.switched_off() else TaskManager()
+    manager = Manager()
     for name in names:
         if name not in manager.task_index:
             raise UserError(f"The lm-evaluation-harness has no task '{name}'.{did_you_mean(name, manager.all_tasks)}")
@@ -85,7 +86,7 @@ def _named(names: list[str]) -> tuple[list[str], Any]:
 
 
 @contextlib.contextmanager
-def loading_by(load: Callable) -> Iterator[None]:
+def _loading_by(load: Callable) -> Iterator[None]:
     """Have tasks call `load` where they would call `datasets.load_dataset`."""
     import datasets
 

@@ -7,8 +7,8 @@ study and with the cache, by names and sizes alone, so that it costs a dry-run n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ class Item:
     id: str  # of the hub; of a task, its name
     config: str | None = None  # subset of a data set
     revision: str | None = None  # the commit; of a task's data set prefetch finds it
-    splits: tuple[str, ...] = ()  # of a data set, those that are read
+    splits: tuple[str, ...] = ()  # of a data set, those that are read by their names
     needed_by: tuple[str, ...] = ()  # entries of the study's config
+    trust_remote_code: bool = False  # whether code that a model carries may run
 
 
 def needed(study: Study) -> list[Item]:
@@ -47,7 +48,12 @@ def needed(study: Study) -> list[Item]:
         key = (item.kind, item.id, item.config or "", item.revision or "")
         have = found.get(key, item)
         splits, needed_by = {*have.splits, *item.splits}, {*have.needed_by, *item.needed_by}
-        found[key] = dataclasses.replace(item, splits=tuple(sorted(splits)), needed_by=tuple(sorted(needed_by)))
+        found[key] = dataclasses.replace(
+            item,
+            splits=tuple(sorted(splits)),
+            needed_by=tuple(sorted(needed_by)),
+            trust_remote_code=have.trust_remote_code or item.trust_remote_code,
+        )
     return [found[key] for key in sorted(found)]
 
 
@@ -57,10 +63,8 @@ def _named(study: Study) -> Iterator[Item]:
     tokens = {token for one in study.wanted for token in one.chain.split("+")[1:]}
     workloads = {one.name for one in study.wanted if one.kind == "profile"}
     for name in models:
-        if resolved.models[name].hub:
-            yield Item(
-                "model", resolved.models[name].hub, None, resolved.models[name].revision, (), (f"models.{name}",)
-            )
+        if (entry := resolved.models[name]).hub:
+            yield Item("model", entry.hub, None, entry.revision, (), (f"models.{name}",), entry.trust_remote_code)
     for name, calibration in resolved.calibrations.items():
         yield from _datasets(calibration, f"calibrations.{name}")
     sections = {
@@ -72,8 +76,12 @@ def _named(study: Study) -> Iterator[Item]:
     for section, steps in sections.items():
         for name, step in steps.items():
             yield from _datasets(step.recipe, f"{section}.{name}")
-            if hasattr(step.recipe, "tasks") and step.recipe.dataset is None:
-                yield from (Item("task", task, needed_by=(f"{section}.{name}",)) for task in step.recipe.tasks)
+            yield from (Item("task", task, needed_by=(f"{section}.{name}",)) for task in _tasks(step.recipe))
+
+
+def _tasks(recipe: Any) -> list[str]:
+    """Return the tasks of the harness that a recipe reads by their names."""
+    return recipe.tasks if hasattr(recipe, "tasks") and recipe.dataset is None else []
 
 
 def _datasets(part: Any, where: str) -> Iterator[Item]:
@@ -84,6 +92,8 @@ def _datasets(part: Any, where: str) -> Iterator[Item]:
         config = part.task if hasattr(part, "task") else getattr(part, "config", None)
         splits = part.split.split("+") if hasattr(part, "split") else glue_tasks.TASKS[part.task].splits.values()
         names = tuple(split.partition("[")[0] for split in splits)
+        if names == ("all",):  # what the datasets library calls all splits together
+            names = ()
         yield Item("dataset", dataset.id, config, dataset.revision, names, (where, f"datasets.{dataset.name}"))
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -102,8 +112,34 @@ def manifest_file(study: Study) -> Path:
 
 def environment(study: Study) -> dict[str, str]:
     """Return the environment of jobs that have no internet: the hub is off, and they know what was prefetched."""
-    file = manifest_file(study).resolve()
-    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", hub_cache.MANIFEST: str(file)}
+    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **pins(study)}
+
+
+def pins(study: Study) -> dict[str, str]:
+    """Return what of the environment tells every job of the study, also one with internet, what was prefetched."""
+    return {hub_cache.MANIFEST: str(manifest_file(study).resolve())}
+
+
+@functools.cache  # asked for once a job; the manifest does not change while jobs are made out
+def commits(study: Study, section: str, name: str) -> str:
+    """Return the commits that prefetch pinned for a recipe's tasks of the harness, as JSON by data set.
+
+    It is the parameter that reruns a job when a commit changes. A task that asks for a revision, such as a branch, has
+    that in the data set's name: id@revision.
+    """
+    tasks, file = set(_tasks(study.step(section, name).recipe)), manifest_file(study)
+    items = read_json(file)["items"] if tasks and file.is_file() else []
+    pinned = {
+        "@".join(filter(None, (one["id"], one["arguments"].get("revision")))): one["revision"]
+        for one in items
+        if one["by_task"] and one["revision"] and tasks.intersection(one["tasks"])
+    }
+    return json.dumps(pinned, sort_keys=True)
+
+
+def written(study: Study) -> list[Path]:
+    """Return the folders of the hub's cache that the study's jobs write to, as the datasets library does."""
+    return [hub_cache.roots()["datasets"]] if any(item.kind != "model" for item in needed(study)) else []
 
 
 def check(study: Study) -> None:
@@ -152,8 +188,6 @@ def _lack(item: Item, manifest: dict, roots: dict[str, Path]) -> str | None:
 
 def _file_lack(file: dict, roots: dict[str, Path]) -> str | None:
     path = roots[file["root"]] / file["path"]
-    try:
-        size = os.stat(path).st_size
-    except OSError:
+    if (size := hub_cache.size_of(path)) is None:
         return f"{path} is gone"
     return None if size == file["size"] else f"{path} has {size} bytes, not {file['size']}"

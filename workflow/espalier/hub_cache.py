@@ -2,7 +2,8 @@
 
 With the hub switched off (HF_HUB_OFFLINE=1) the datasets library alone would read whatever revision of a data set it
 prepared last. So jobs read the folder that the study's manifest names, which `snakemake prefetch` wrote; where that
-lies they learn from the environment.
+lies they learn from the environment. A task of the lm-evaluation-harness names no commit: with the hub on, too, it
+gets the manifest's.
 """
 
 from __future__ import annotations
@@ -44,12 +45,20 @@ def snapshot(kind: str, name: str, revision: str) -> str:
     return f"{kind}s--{name.replace('/', '--')}/snapshots/{revision}"
 
 
+def size_of(file: Path) -> int | None:
+    """Return a file's bytes; None if it is not there."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return None
+
+
 def open_dataset(
     name: str, config: str | None, split: str, revision: str, streaming: bool = False
 ) -> Dataset | IterableDataset:
     """Return a split of a data set at a commit. Raises OSError or ValueError of the datasets library, or UserError."""
     if switched_off():
-        builder = _prefetched({"id": name, "config": config, "revision": revision, "arguments": {}})
+        builder = _prefetched({"id": name, "config": config, "revision": revision, "arguments": {}, "by_task": False})
     else:
         builder = builder_of(name, config, revision)
     return _read(builder, split, streaming)
@@ -58,15 +67,29 @@ def open_dataset(
 def open_named(
     path: str, name: str | None = None, *, split: str | None = None, streaming: bool = False, **arguments: Any
 ) -> Dataset | DatasetDict | IterableDataset:
-    """Stand in for `datasets.load_dataset` in a task of the lm-evaluation-harness, with the hub switched off."""
-    wanted = {"id": path, "config": name, "arguments": material(arguments)}
-    return _read(_prefetched(wanted), split, streaming)
+    """Stand in for `datasets.load_dataset` in a task of the harness: the commit is the one that prefetch found.
+
+    With the hub on, what was never prefetched is read as the task says.
+    """
+    wanted = {"id": path, "config": name, "arguments": material(arguments), "by_task": True}
+    if switched_off():
+        return _read(_prefetched(wanted), split, streaming)
+    if (found := _listed(wanted)) is None:
+        from datasets.load import load_dataset  # what datasets itself has of this name is replaced at this moment
+
+        return load_dataset(path, name, split=split, streaming=streaming, **arguments)
+    return _read(builder_of(path, name, found["revision"], **unpinned(wanted["arguments"])), split, streaming)
 
 
 def material(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `datasets.load_dataset` that say which rows are meant, as plain JSON."""
     given = {key: value for key, value in arguments.items() if value is not None and key not in IMMATERIAL}
     return json.loads(json.dumps(given, default=str, sort_keys=True))
+
+
+def unpinned(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `datasets.load_dataset` without the revision, in whose place a commit is given."""
+    return {key: value for key, value in arguments.items() if key != "revision"}
 
 
 def builder_of(name: str, config: str | None, revision: str | None, **arguments: Any) -> DatasetBuilder:
@@ -99,11 +122,7 @@ def _prefetched(wanted: dict[str, Any]) -> DatasetBuilder:
             f"The data set {wanted['id']} cannot be read while HF_HUB_OFFLINE is set, because {MANIFEST} does not name"
             " the study's results/STUDY/prefetch.json, which `snakemake prefetch` writes."
         )
-    items = read_json(Path(os.environ[MANIFEST]))["items"]
-    # Of a task of the harness nobody names a revision: it is the one that prefetch found.
-    sought = {"kind": "dataset", "by_task": "revision" not in wanted, **wanted}
-    found = next((item for item in items if all(item[key] == value for key, value in sought.items())), None)
-    if found is None:
+    if (found := _listed(wanted)) is None:
         raise UserError(
             f"The data set {wanted['id']} (config {wanted['config']}) is not in {os.environ[MANIFEST]}: run"
             " `snakemake prefetch` where there is internet."
@@ -117,3 +136,12 @@ def _prefetched(wanted: dict[str, Any]) -> DatasetBuilder:
         version=version,
         hash=commit,
     )
+
+
+def _listed(wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the first data set in the study's manifest that is what is `wanted`; None without one."""
+    file = os.environ.get(MANIFEST)
+    if file is None or not Path(file).is_file():
+        return None
+    items = [item for item in read_json(Path(file))["items"] if item["kind"] == "dataset"]
+    return next((item for item in items if all(item[key] == value for key, value in wanted.items())), None)

@@ -8,16 +8,17 @@ on from there.
 from __future__ import annotations
 
 import contextlib
+import glob
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import hub_cache
+from espalier import folders, hub_cache
 from espalier.errors import UserError, did_you_mean
-from espalier.files import read_json, write_json
+from espalier.files import read_json, sha256, write_json
 from espalier.hub import Item, say
-from espalier.hub_files import Wanted, check_writable, download, listed, sha256, tried
+from espalier.hub_files import Wanted, download, listed, tried
 from espalier.progress import progress
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def prefetch(study: str, items: list[Item], file: Path) -> dict:
     Raises UserError for what cannot be had, before anything large is downloaded where that can be known.
     """
     earlier = read_json(file) if file.is_file() else {"items": [], "tasks": []}
-    check_writable()
+    _make_roots()
     known = _known(earlier)
     models = {item: _model_files(item) for item in items if item.kind == "model"}
+    _refuse_foreign_code(models, known)
     data = {item: _data_files(item) for item in items if item.kind == "dataset"}
     files = [one for part in models.values() for one in part] + [one for _, part in data.values() for one in part]
     _check_room(files, list(data.values()))
@@ -60,15 +62,11 @@ def _known(earlier: dict) -> dict[tuple[str, int], str]:
     known = {}
     for item in earlier["items"]:
         files = [*item["files"], *item.get("downloads", [])]
-        if "folder" in item and any(_size(root / one["path"]) != one["size"] for one in item["files"]):
+        if "folder" in item and any(hub_cache.size_of(root / one["path"]) != one["size"] for one in item["files"]):
             shutil.rmtree(root / item["folder"], ignore_errors=True)
             files = item["downloads"]
         known |= {(one["path"], one["size"]): one["sha256"] for one in files}
     return known
-
-
-def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
 
 
 # What there is -------------------------------------------------------------------------------------------------------
@@ -84,7 +82,30 @@ def _model_files(item: Item) -> list[Wanted]:
         chosen = filter_repo_objects(files, allow_patterns=hub_cache.MODEL_FILES)
         return [_wanted(item, files[path]) for path in chosen]
 
-    return tried(ask, say(item))
+    files = tried(ask, say(item))
+    if not any("/" not in one.path and one.path.endswith(".safetensors") for one in files):
+        raise UserError(
+            f"The {say(item)} has no safetensors weights; other formats can run code when loaded and are refused."
+        )
+    return files
+
+
+def _refuse_foreign_code(models: dict[Item, list[Wanted]], known: dict) -> None:
+    """Raise UserError for a model that runs code of another repository, whose newest commit would be taken."""
+    trusted = {item: files for item, files in models.items() if item.trust_remote_code}
+    configs = {item: one for item, files in trusted.items() for one in files if one.path == "config.json"}
+    download(list(configs.values()), known)
+    for item, one in configs.items():
+        classes = read_json(hub_cache.roots()["hub"] / one.place).get("auto_map", {}).values()
+        names = [
+            name for some in classes for name in (some if isinstance(some, list) else [some]) if isinstance(name, str)
+        ]
+        foreign = {repository for name in names for repository in name.split("--")[:-1]} - {item.id}
+        if foreign:
+            raise UserError(
+                f"The {say(item)} runs code of another repository, {', '.join(sorted(foreign))}, whose commit cannot be"
+                " pinned: name the path of a copy of the model that holds this code, and whose config.json says so."
+            )
 
 
 def _data_files(item: Item, **arguments: Any) -> tuple[DatasetBuilder, list[Wanted]]:
@@ -124,6 +145,13 @@ def _wanted(item: Item, file: RepoFile) -> Wanted:
 # Room ----------------------------------------------------------------------------------------------------------------
 
 
+def _make_roots() -> None:
+    """Make the folders of the cache; raises UserError if one cannot be written: a home folder often has a quota."""
+    folders.check_caches(hub_cache.roots().values())
+    for root in hub_cache.roots().values():
+        root.mkdir(parents=True, exist_ok=True)
+
+
 def _check_room(files: list[Wanted], data: list[tuple[DatasetBuilder, list[Wanted]]]) -> None:
     """Raise UserError if the disk cannot hold what is not in the cache yet: files, and tables prepared from them."""
     roots = hub_cache.roots()
@@ -161,7 +189,8 @@ def _prepared(item: Item, builder: DatasetBuilder, known: dict) -> dict:
         if split not in splits:
             raise UserError(f"The {say(item)} has no split '{split}'.{did_you_mean(split, splits)}")
     files = []
-    for file in sorted(folder.iterdir()):
+    # Who works with a table's rows may leave more beside it, such as the datasets library itself.
+    for file in sorted([folder / "dataset_info.json", *folder.glob(f"{glob.escape(builder.dataset_name)}-*.arrow")]):
         path, size = str(file.relative_to(root)), file.stat().st_size
         digest = known.get((path, size)) or sha256(file)
         files.append({"root": "datasets", "path": path, "size": size, "sha256": digest})
@@ -171,14 +200,17 @@ def _prepared(item: Item, builder: DatasetBuilder, known: dict) -> dict:
 def _of_tasks(tasks: list[Item], earlier: dict, known: dict) -> list[dict]:
     """Prefetch what the tasks of the harness load, by loading them; return items of the manifest."""
     found: dict[str, tuple[dict, DatasetBuilder]] = {}  # by what a task asks for
+    by_task = [one for one in earlier["items"] if one["by_task"]]
+    pinned = {(one["id"], one["arguments"].get("revision")): one["revision"] for one in by_task}
 
     def load(path: str, name: str | None = None, *, split: str | None = None, streaming: bool = False, **arguments):
         asked = {"id": path, "config": name, "arguments": hub_cache.material(arguments), "by_task": True}
         if str(asked) not in found:
-            before = [one["revision"] for one in earlier["items"] if all(one[key] == asked[key] for key in asked)]
-            item = Item("dataset", path, name, before[0] if before else _commit(path, asked["arguments"], task))
-            options = {key: value for key, value in asked["arguments"].items() if key != "revision"}
-            builder, files = _data_files(item, **options)
+            source = path, asked["arguments"].get("revision")
+            if source not in pinned:
+                pinned[source] = _commit(*source, task)
+            item = Item("dataset", path, name, pinned[source], needed_by=task.needed_by)
+            builder, files = _data_files(item, **hub_cache.unpinned(asked["arguments"]))
             _check_room(files, [(builder, files)])
             sums = download(files, known)
             entry = {**_entry(item), **asked, **_prepared(item, builder, known), "downloads": listed(files, sums)}
@@ -192,18 +224,18 @@ def _of_tasks(tasks: list[Item], earlier: dict, known: dict) -> list[dict]:
         from espalier import harness_tasks
 
         with harness_tasks.only_errors():
-            _, manager = harness_tasks.load([item.id for item in tasks], None)
-            with harness_tasks.loading_by(load):
-                for task in progress(tasks, "prefetch, tasks of the harness"):
-                    manager.load([task.id])
+            _, manager = harness_tasks.named([item.id for item in tasks], load)
+            for task in progress(tasks, "prefetch, tasks of the harness"):
+                manager.load([task.id])
     return [entry for entry, _ in found.values()]
 
 
-def _commit(name: str, arguments: dict[str, Any], task: Item) -> str | None:
-    """Return the commit that a task's data set has now; None for files that are not of the hub."""
+def _commit(name: str, revision: str | None, task: Item) -> str | None:
+    """Return the commit that a task's data set has now at a revision, or newest; None for files not of the hub."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FORMATS
     from huggingface_hub import HfApi
 
-    if "/" not in name or Path(name).exists():
+    if name in FORMATS or Path(name).exists():  # such as json; also a data set of the hub may have no owner in its name
         return None
-    asked = arguments.get("revision") or "main"
+    asked = revision or "main"
     return tried(lambda: HfApi().dataset_info(name, revision=asked).sha, f"data set {name} of the {say(task)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
+
+from espalier.errors import first_line
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 PASSING = (408, 429, 500, 502, 503, 504)
@@ -26,7 +27,7 @@ def explained(error: BaseException, what: str) -> str | None:
     """Return a full sentence about what failed and what to do; None for an error that is not the hub's."""
     import httpx
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfUriError, HFValidationError
 
     hub = constants.ENDPOINT
     responses = [one.response for one in _chain(error) if getattr(one, "response", None) is not None]
@@ -51,12 +52,12 @@ def explained(error: BaseException, what: str) -> str | None:
         )
     if any(isinstance(one, httpx.TransportError | ConnectionError) for one in _chain(error)):
         return (
-            f"The {what} cannot be downloaded: {hub} cannot be reached, or stops answering ({_first_line(error)})."
+            f"The {what} cannot be downloaded: {hub} cannot be reached, or stops answering ({first_line(error)})."
             " Type the same command later: what is finished is kept."
         )
     of_datasets = any(one.__module__.partition(".")[0] == "datasets" for one in type(error).__mro__)
-    if of_datasets or isinstance(error, OSError | HFValidationError) or type(error) is ValueError:
-        return f"The {what} cannot be downloaded: {_first_line(error.__cause__ or error)}."
+    if of_datasets or isinstance(error, OSError | HFValidationError | HfUriError) or type(error) is ValueError:
+        return f"The {what} cannot be downloaded: {first_line(error.__cause__ or error)}."
     return None
 
 
@@ -78,9 +79,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    """Return an error's first line without the queries of addresses, which may hold a signature."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\?[^\s'\"]+", "", line).rstrip(".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,12 +45,17 @@ class Wanted:
         """Where it lies in the cache, below the root `hub`."""
         return f"{hub_cache.snapshot(self.kind, self.id, self.revision)}/{self.path}"
 
+    @property
+    def blobs(self) -> str:
+        """The folder of what the links of all commits point to, below the root `hub`."""
+        return f"{self.place.partition('/')[0]}/blobs"
+
 
 def download(files: list[Wanted], known: dict) -> dict[Wanted, str]:
     """Download files that are not in the cache; return the sha256 of all. Whoever waits sees how far it is."""
     events: SimpleQueue[int | Future] = SimpleQueue()
-    for folder in {(hub_cache.roots()["hub"] / one.place).parents[one.path.count("/") + 2] for one in files}:
-        _remove_abandoned(folder / "blobs")
+    for blobs in {one.blobs for one in files}:
+        _remove_abandoned(hub_cache.roots()["hub"] / blobs)
     failed = threading.Event()
     meter = _meter(events, failed)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
@@ -99,7 +103,7 @@ def _file(one: Wanted, known: dict, events: SimpleQueue, meter: type) -> str:
         return _checksum(place, one)
 
     if place.is_file() and place.stat().st_size != one.size:
-        _forget(place)
+        _forget(one)
     return tried(get, f"{one.what}, file {one.path},")
 
 
@@ -111,15 +115,18 @@ def _checksum(place: Path, one: Wanted) -> str:
             found.update(part)
             git.update(part)
     if (found.hexdigest() != one.sha256) if one.sha256 else (git.hexdigest() != one.oid):
-        _forget(place)
+        _forget(one)
         raise OSError("its checksum is not the one that the hub says")
     return found.hexdigest()
 
 
-def _forget(place: Path) -> None:
-    """Remove a file from the cache: the link and what it points to."""
-    place.resolve().unlink(missing_ok=True)
-    place.unlink(missing_ok=True)
+def _forget(one: Wanted) -> None:
+    """Remove a file from the cache: the link, and what it points to unless that lies elsewhere, as a group's copy."""
+    root = hub_cache.roots()["hub"].resolve()
+    target = (root / one.place).resolve()
+    (root / one.place).unlink(missing_ok=True)
+    if target.parent == root / one.blobs:
+        target.unlink(missing_ok=True)
 
 
 def _remove_abandoned(blobs: Path) -> None:
@@ -165,27 +172,11 @@ def listed(files: list[Wanted], sums: dict[Wanted, str]) -> list[dict]:
     return [{"root": "hub", "path": one.place, "size": one.size, "sha256": sums[one]} for one in files]
 
 
-def check_writable() -> None:
-    """Raise UserError if the cache, often in a home folder with a quota, cannot be written."""
-    for root in hub_cache.roots().values():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root) as probe:
-                probe.write(b"1")
-        except OSError as error:
-            raise UserError(_no_room(error.strerror)) from None
-
-
 def _no_room(reason: str | None) -> str:
     return (
         f"The hub's cache {hub_cache.roots()['hub'].parent} cannot be written ({reason}). Set HF_HOME to a folder that"
         " login and compute nodes share and that has room."
     )
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tried(action: Callable[[], T], what: str) -> T:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier import group_sizes, plugins
+from espalier import group_sizes, hub_cache, plugins
 from espalier.config import Model
 from espalier.study import Study
 
@@ -152,11 +152,7 @@ def _folder(entry: Model) -> Path:
     """Return the folder of a model of a path or of the hub: of this, one in the hub's cache, which may not be there."""
     if entry.path:
         return Path(entry.path)
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=entry.hub, repo_type="model")
-    return Path(HF_HUB_CACHE) / folder / "snapshots" / entry.revision
+    return hub_cache.roots()["hub"] / hub_cache.snapshot("model", entry.hub, entry.revision)
 
 
 def _weight_files(folder: Path) -> list[Path]:

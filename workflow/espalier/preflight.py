@@ -8,6 +8,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
+
 from espalier import needs
 from espalier.study import Study
 
@@ -15,29 +17,43 @@ if TYPE_CHECKING:
     from snakemake.workflow import Workflow
 
 LOCAL = ("local", "touch")
+KINDS = ("pretrain", "prune", "tune", "quantize", "evaluate", "profile")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
-def check(workflow: Workflow, study: Study, executor: str) -> None:
+def prefetches(workflow: Workflow) -> bool:
+    """Return whether this run downloads what others need, and does nothing else."""
+    return set(workflow.dag_settings.targets) == {"prefetch"}
+
+
+def check(workflow: Workflow, study: Study, executor: str, settings: object) -> None:
     """Raise UserError for what this run lacks, with what to do about it.
 
-    Jobs that are submitted have the hub switched off, and read what `snakemake prefetch` put into its cache; so do
-    local jobs where the user has switched it off.
+    Jobs that are submitted on a shared file system have the hub switched off, and read what `snakemake prefetch` put
+    into its cache; so do local jobs where the user has switched it off. `settings` are the executor's own.
     """
     from espalier import folders, hub, hub_cache, slurm_site
 
-    if set(workflow.dag_settings.targets) == {"prefetch"}:
-        return
     dry = executor == "dryrun"
     if dry:
-        executor = _asked_for()
-    submits = executor not in LOCAL
+        executor, settings = _asked_for()
+    submits = executor not in LOCAL and SharedFSUsage.PERSISTENCE in workflow.storage_settings.shared_fs_usage
     if submits:
-        folders.check(study.root)
+        folders.check(study.root, hub.written(study))
     if executor == "slurm" and not (dry and slurm_site.lacking()):  # a dry-run may be done on a laptop
-        slurm_site.check(*slurm_site.requested(workflow.resource_settings, _largest_jobs(study)))
+        largest = _largest_jobs(study)
+        resources, default, threads = slurm_site.requested(workflow.resource_settings, largest)
+        for rule in {f"{kind}_model" for kind in KINDS} - set(largest):  # of no job of this study
+            resources.pop(rule, None)
+            threads.pop(rule, None)
+        chooses = getattr(settings, "partition_config", None) or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS")
+        slurm_site.check(resources, default, threads, plugin_chooses=bool(chooses))
     if submits or hub_cache.switched_off():
         hub.check(study)
         os.environ.update(hub.environment(study))
+    if submits:
+        for name in TOKENS:  # Slurm keeps the environment of its jobs, and these ask no hub
+            os.environ.pop(name, None)
 
 
 def _largest_jobs(study: Study) -> dict[str, dict[str, str]]:
@@ -53,10 +69,12 @@ def _largest_jobs(study: Study) -> dict[str, dict[str, str]]:
     }
 
 
-def _asked_for() -> str:
-    """Return the executor that would run the jobs which a dry-run lists."""
+def _asked_for() -> tuple[str, object]:
+    """Return the executor that would run the jobs which a dry-run lists, and its settings."""
     from snakemake.cli import parse_args
+    from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
     with contextlib.redirect_stderr(io.StringIO()):  # it says once more which profiles it reads
         _, arguments = parse_args(sys.argv[1:])
-    return arguments.executor or "local"
+    executor = arguments.executor or "local"
+    return executor, ExecutorPluginRegistry().get_plugin(executor).get_settings(arguments)

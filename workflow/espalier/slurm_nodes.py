@@ -58,14 +58,16 @@ def offered(asked: Mapping[str, object], nodes: list[Node]) -> tuple[list[Mistak
         names = [node.partition for node in nodes if node.default]
     states = {node.partition: node.state for node in nodes}
     mistakes = []
+    closed = all(states.get(name, "").startswith(CLOSED) for name in names)  # of several, Slurm takes one that is open
     for name in names:
         if name not in states:
             mistakes.append(("slurm_partition", f"this cluster has no partition '{name}'.{did_you_mean(name, states)}"))
-        elif states[name].startswith(CLOSED):
+        elif closed:
             sentence = f"partition '{name}' takes no jobs now (its state is '{states[name]}'): name another, or wait."
             mistakes.append(("slurm_partition", sentence))
     # Without a name and without a default, the site itself chooses (a job_submit plugin): any node will do.
-    return mistakes, [node for node in nodes if node.partition in names] if names else nodes
+    open_ones = [node for node in nodes if node.partition in names and not states[node.partition].startswith(CLOSED)]
+    return mistakes, open_ones if names else nodes
 
 
 def mistakes(asked: Mapping[str, object], offered: list[Node], nodes: list[Node]) -> list[Mistake]:

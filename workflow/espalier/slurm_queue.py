@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 SECONDS_TO_ANSWER = 10  # that squeue gets
@@ -60,11 +62,30 @@ class Queued(NamedTuple):
     start: str  # when it is expected to start, or N/A
 
 
+class Left(NamedTuple):
+    """A job that has not ended."""
+
+    number: str
+    state: str
+
+
 def queue(numbers: Iterable[str]) -> dict[str, Queued]:
     """Return what Slurm knows of these jobs, by number; raises OSError, with its words, if it does not answer."""
-    fields = "%i|%T|%r|%N|%M|%S"
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--format={fields}", f"--jobs={','.join(numbers)}"]
+    lines = _squeue("--array", "--states=all", "--format=%i|%T|%r|%N|%M|%S", f"--jobs={','.join(numbers)}")
+    rows = (line.split("|") for line in lines)
+    return {row[0]: Queued(*row[1:]) for row in rows if len(row) == 6}
+
+
+def left(name: re.Pattern, folder: Path) -> list[Left]:
+    """Return this user's jobs with a name like this in a folder, those of hidden partitions too; raises as `queue`."""
+    rows = (line.split("|", 3) for line in _squeue("--me", "--all", "--format=%i|%T|%j|%Z"))
+    here = folder.resolve()
+    return [Left(*row[:2]) for row in rows if name.fullmatch(row[2]) and Path(row[3]).resolve() == here]
+
+
+def _squeue(*arguments: str) -> list[str]:
     try:
+        command = ["squeue", "--noheader", *arguments]
         answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS_TO_ANSWER)
     except FileNotFoundError:
         raise OSError("this machine has no command squeue") from None
@@ -72,8 +93,23 @@ def queue(numbers: Iterable[str]) -> dict[str, Queued]:
         raise OSError(f"squeue has not answered in {SECONDS_TO_ANSWER} seconds") from None
     if answer.returncode and "Invalid job id" not in answer.stderr:  # which is said of a job that ended long ago
         raise OSError(" ".join(answer.stderr.split()) or f"squeue ended with exit status {answer.returncode}")
-    rows = (line.split("|") for line in answer.stdout.splitlines())
-    return {row[0]: Queued(*row[1:]) for row in rows if len(row) == 6}
+    return answer.stdout.splitlines()
+
+
+def notice_cancelled() -> None:
+    """Have Snakemake's Slurm plugin notice jobs that were cancelled, for which it would wait for ever.
+
+    sacct says who did it, "CANCELLED by 1000", and the plugin (2.8.0) knows no state of that name.
+    """
+    import snakemake_executor_plugin_slurm as plugin
+
+    ask = plugin.query_job_status
+
+    async def query(command, logger):
+        states, seconds = await ask(command, logger)
+        return states and {job: state.split()[0] for job, state in states.items()}, seconds
+
+    plugin.query_job_status = query
 
 
 def in_words(reason: str) -> str:

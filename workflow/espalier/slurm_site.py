@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from snakemake.settings.types import ResourceSettings
 
 FILE = "profiles/slurm/config.yaml"
+ELSEWHERE = ("clusters", "cluster", "slurm_cluster")  # resources that send a job to another cluster
 COMMANDS = ("sinfo", "sbatch", "squeue", "scancel", "scontrol", "sacct")  # those that Snakemake's Slurm plugin calls
 # What AccountingStorageEnforce may say and still let in a job without an account; all else, `limits` say, does not.
 LENIENT = {"none", "(null)", "nojobs", "nosteps", ""}
@@ -62,12 +63,16 @@ def requested(
 
 
 def check(
-    resources: Mapping[str, Mapping[str, object]], default: Mapping[str, object], threads: Mapping[str, object]
+    resources: Mapping[str, Mapping[str, object]],
+    default: Mapping[str, object],
+    threads: Mapping[str, object],
+    plugin_chooses: bool = False,
 ) -> None:
     """Raise UserError, one line a mistake, for what jobs ask and no node or account of this cluster gives.
 
     Resources are given by rule and name, and where a rule names none, the default holds. A request for several GPUs is
-    meant for one node.
+    meant for one node. Nodes are not looked at for jobs that go to another cluster, nor where the plugin itself chooses
+    the partition.
     """
     if missing := lacking():
         raise UserError(
@@ -79,8 +84,10 @@ def check(
     for rule in [*dict.fromkeys([*resources, *threads]), None]:
         own = resources.get(rule, {})
         asked = {"threads": threads.get(rule), **default, **own}
-        unknown, offered = slurm_nodes.offered(asked, nodes)
-        found = unknown or slurm_nodes.mistakes(asked, offered, nodes)
+        found = []
+        if not any(map(asked.get, ELSEWHERE)) and not (plugin_chooses and not asked.get("slurm_partition")):
+            unknown, offered = slurm_nodes.offered(asked, nodes)
+            found = unknown or slurm_nodes.mistakes(asked, offered, nodes)
         for name, sentence in [*_account_mistakes(asked, accounts), *found]:
             mistakes[f"{FILE}: {_key(rule, name, own)}: {sentence}"] = None
     if mistakes:
@@ -117,7 +124,7 @@ def _key(rule: str | None, name: str, own: Mapping[str, object]) -> str:
 
 def _nodes() -> list[Node]:
     """Return what all partitions have, those included that are hidden."""
-    answer = _run("sinfo", "--all", "--exact", "--noheader", "--format", slurm_nodes.FIELDS)
+    answer = _run("sinfo", "--all", "--exact", "--noconvert", "--noheader", "--format", slurm_nodes.FIELDS)
     if answer.returncode:
         raise UserError(
             f"Slurm does not answer here, so nothing was submitted (sinfo: {_words(answer)}). Run the same command"
@@ -147,7 +154,8 @@ def _account_mistakes(asked: Mapping[str, object], accounts: _Accounts | None) -
     """Return what is wrong with the account and the QOS that a job names."""
     if accounts is None:
         return []
-    given, user = str(asked.get("slurm_account") or "").lower(), getpass.getuser()
+    # Of several accounts the plugin uses the first.
+    given, user = re.split(r"[,\s]+", str(asked.get("slurm_account") or "").lower())[0], getpass.getuser()
     if accounts.enforced and not accounts.qos:
         sentence = f"the user {user} has no account on this cluster, which takes no job without one: apply for one."
         return [("slurm_account", sentence)]

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -21,11 +22,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from espalier import slurm_queue, watching
+from espalier import preflight, slurm_queue, watching
 from espalier.errors import UserError
 from espalier.study import Study
 
@@ -38,18 +39,10 @@ SECONDS_BETWEEN_LOOKS = 5
 SECONDS_TO_END = 60  # that local jobs get, so that a training can save itself
 
 
-class SlurmJob(NamedTuple):
-    """A job in Slurm's queue."""
+def guard(workflow: Workflow, study: Study) -> None:
+    """Have `workflow`, which a Snakefile knows by this name, check what it needs before its jobs, and run them alone.
 
-    number: str
-    state: str
-
-
-def guard(workflow: Workflow, study: Study, before: Callable[[str], None]) -> None:
-    """Have `workflow`, which a Snakefile knows by this name, execute its jobs alone.
-
-    `before` is called first, in a dry-run too. It gets the name of the executor, and may raise UserError. Inside a job
-    that was submitted nothing is checked, and the job records its own metadata.
+    A dry-run is checked too. Inside a job that was submitted nothing is, and the job records its own metadata.
     """
     execute = workflow.execute
 
@@ -60,23 +53,24 @@ def guard(workflow: Workflow, study: Study, before: Callable[[str], None]) -> No
         if workflow.remote_exec:
             _record_in_job(workflow)
             return go_on()
-        if not workflow.is_main_process:
+        if not workflow.is_main_process or preflight.prefetches(workflow):
             return go_on()
         from snakemake.exceptions import WorkflowError
 
         try:
-            before(executor_plugin.cli_prefix)
+            preflight.check(workflow, study, executor_plugin.cli_prefix, executor_settings)
             if executor_plugin.common_settings.dryrun_exec:
                 return go_on()
             with alone(study.root / watching.LOCK, study.name) as locked:
-                # Snakemake's own lock stays where the file system has no flock.
+                # Snakemake's own lock stays in use where the file system has no flock. If it is there, another may be
+                # at work, and Snakemake refuses to go on.
                 workflow.execution_settings.lock = not locked
-                folder, prefix = Path.cwd(), slurm_prefix(study)
-                end_processes(f"{folder}:{study.name}")
-                settle_queue(prefix, folder)
-                os.environ[MARK] = f"{folder}:{study.name}"
-                if hasattr(executor_settings, "jobname_prefix"):
-                    executor_settings.jobname_prefix = prefix
+                slurm = executor_plugin.cli_prefix == "slurm"
+                if locked or not any(Path(".snakemake/locks").glob("*.lock")):
+                    _settle(workflow, study, slurm)
+                if slurm:
+                    executor_settings.jobname_prefix = slurm_prefix(study.name)
+                    slurm_queue.notice_cancelled()
                 watching.record(study.root / watching.EVENTS)
                 return go_on()
         except UserError as error:
@@ -86,9 +80,21 @@ def guard(workflow: Workflow, study: Study, before: Callable[[str], None]) -> No
     workflow.execute = guarded
 
 
-def slurm_prefix(study: Study) -> str:
-    """Return what the names of a study's Slurm jobs begin with."""
-    return re.sub("[^A-Za-z0-9_-]", "-", study.name)[:50]
+def slurm_prefix(study: str) -> str:
+    """Return what the names of a study's Slurm jobs begin with; no two studies' do alike."""
+    name = study.replace(".", "_")  # which no study's name holds
+    return name if len(name) <= 50 else f"{name[:41]}_{hashlib.sha256(study.encode()).hexdigest()[:8]}"
+
+
+def _settle(workflow: Workflow, study: Study, slurm: bool) -> None:
+    """End, cancel or wait for what a killed snakemake left; mark this one's processes."""
+    mark = f"{Path.cwd()}:{study.name}"
+    end_processes(mark)
+    os.environ[MARK] = mark
+    last = watching.read(study.root / watching.EVENTS)
+    left = last is not None and any(job.slurm for job in last.of("started"))
+    if (slurm or left) and settle_queue(slurm_prefix(study.name), Path.cwd()):
+        time.sleep(workflow.execution_settings.latency_wait)  # until what those jobs wrote is seen here
 
 
 @contextlib.contextmanager
@@ -102,9 +108,11 @@ def alone(file: Path, study: str) -> Iterator[bool]:
                 break
             except BlockingIOError:
                 if not moments_left:
+                    holder = watching.holder(file.read_text(encoding="utf-8"))
+                    who = "process {pid} on {host}, since {started}".format(**holder) if holder else "it has just begun"
                     raise UserError(
-                        f"Another snakemake is at work on the study '{study}' in this folder ({_holder(file)}). Wait"
-                        " until it has ended, or end it with Ctrl-C where it runs, which cancels its jobs."
+                        f"Another snakemake is at work on the study '{study}' in this folder ({who}). Wait until it"
+                        " has ended, or end it with Ctrl-C where it runs, which cancels its jobs."
                     ) from None
                 time.sleep(0.05)
             except OSError:
@@ -115,14 +123,6 @@ def alone(file: Path, study: str) -> Iterator[bool]:
         stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
         stream.flush()
         yield True
-
-
-def _holder(file: Path) -> str:
-    try:
-        holder = json.loads(file.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
-    except (ValueError, KeyError):  # it has just begun
-        return f"it holds {file}"
 
 
 def end_processes(mark: str) -> None:
@@ -157,47 +157,38 @@ def processes(mark: str) -> list[int]:
     return found
 
 
-def settle_queue(prefix: str, folder: Path) -> None:
-    """Cancel what a killed snakemake left waiting in Slurm's queue, and wait for what runs there."""
+def settle_queue(prefix: str, folder: Path) -> bool:
+    """Cancel what a killed snakemake left waiting in Slurm's queue, wait for what runs there, and say whether any did.
+
+    Raises UserError where Slurm does not answer.
+    """
+    name = re.compile(SLURM_NAME.format(prefix=re.escape(prefix)))
     said: set[str] = set()
-    while left := slurm_jobs(prefix, folder):
-        waiting = [job.number for job in left if job.state == "PENDING"]
-        if waiting:
+    while True:
+        try:
+            left = slurm_queue.left(name, folder)
+        except OSError as error:
+            if not said:
+                raise UserError(
+                    f"Jobs of the last run may still be in Slurm's queue, and Slurm does not answer here ({error})."
+                    " Type the same command again where and when `squeue` answers."
+                ) from None
+            left = []
+            _say(f"Slurm does not answer ({error}); asking again.")
+        else:
+            if not left:
+                return bool(said)
+        running = {job.number for job in left if job.state in slurm_queue.RUN}
+        if waiting := [job.number for job in left if job.number not in running]:
             _say(f"Cancelling {len(waiting)} jobs that a snakemake which was killed left in the queue.")
             subprocess.run(["scancel", *waiting], check=False)
-        running = {job.number for job in left} - set(waiting)
         if running - said:
-            numbers = " ".join(sorted(running))
             _say(
                 f"{len(running)} jobs of a snakemake that was killed still run. This run needs what they make, so it"
-                f" waits for them. To give them up instead, type in another shell: scancel {numbers}"
+                f" waits for them. To give them up instead, type in another shell: scancel {' '.join(sorted(running))}"
             )
             said |= running
         time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def slurm_jobs(prefix: str, folder: Path) -> list[SlurmJob]:
-    """Return this user's Slurm jobs of a study in a folder; none where there is no Slurm. Waits while it is silent."""
-    command = ["squeue", "--me", "--noheader", "--format=%i|%T|%j|%Z"]
-    while True:
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return []
-        if answer.returncode == 0:
-            break
-        if slurm_queue.UNCONFIGURED in answer.stderr:
-            return []
-        _say(f"Slurm does not answer ({answer.stderr.strip()}); trying again.")
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    jobs = [line.split("|", 3) for line in answer.stdout.splitlines()]
-    name = re.compile(SLURM_NAME.format(prefix=re.escape(prefix)))
-    there = folder.resolve()
-    return [
-        SlurmJob(number, state)
-        for number, state, job, place in jobs
-        if name.fullmatch(job) and Path(place).resolve() == there
-    ]
 
 
 def _record_in_job(workflow: Workflow) -> None:

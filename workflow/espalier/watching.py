@@ -240,7 +240,7 @@ def at_work(lock: Path, run: Run | None) -> dict | None:
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _holder(stream.read())
+                return holder(stream.read())
             except OSError:
                 return _process(run)
     except FileNotFoundError:
@@ -248,10 +248,11 @@ def at_work(lock: Path, run: Run | None) -> dict | None:
     return None
 
 
-def _holder(text: str) -> dict:
+def holder(text: str) -> dict:
+    """Return pid, host and start of the snakemake that holds a lock, from the lock's text; {} if it has just begun."""
     try:
         return json.loads(text)
-    except ValueError:  # it has just begun
+    except ValueError:
         return {}
 
 

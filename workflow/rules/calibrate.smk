@@ -43,6 +43,7 @@ rule make_calibration_table:
     params:
         calibrations=STUDY.calibrations(),
         suites=STUDY.suites(),
+        commits=[hub.commits(STUDY, "suites", suite) for suite in STUDY.resolved.suites],
         code=STUDY.calibration_code(),
     shell:
         "python workflow/scripts/check_calibration.py --calibrations {params.calibrations:q}"

@@ -21,6 +21,7 @@ rule evaluate_model:
     params:
         recipe=lambda w: STUDY.content("suites", w.suite),
         code=lambda w: STUDY.code("evaluate_model.py", "suites", w.suite),
+        commits=lambda w: hub.commits(STUDY, "suites", w.suite),
         device=STUDY.config.device,
         gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,

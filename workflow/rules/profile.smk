@@ -22,6 +22,7 @@ rule profile_model:
     params:
         recipe=lambda w: STUDY.content("workloads", w.workload),
         code=lambda w: STUDY.code("profile_model.py", "workloads", w.workload),
+        commits=lambda w: hub.commits(STUDY, "workloads", w.workload),
         device=STUDY.config.device,
         gpus=lambda w, resources: STUDY.gpus(resources, workflow.remote_exec),
         study=STUDY.name,
