@@ -4,6 +4,7 @@
 # make plan STUDY=config.yaml [PROFILE=slurm]   what a study will cost: jobs, hours, disk; nothing is run
 # make bench-prune   time and memory of every pruning method, as ratios to one forward pass of the calibration set
 # make bench-quantize   time and memory of quantized models, as ratios to float32 and bfloat16 ones
+# make test-slurm    the tests on a real Slurm, which is started here, as root      make test-slurm-demo    the demo on it
 # make watch [STUDY=config.yaml]   which of a study's jobs run, wait and failed, from another shell
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test watch plan check-demo bench-prune bench-quantize lint format docs clean install
+.PHONY: demo test test-slurm test-slurm-demo watch plan check-demo bench-prune bench-quantize lint format docs clean install
 
 demo: $(INSTALLED)
 	snakemake --cores all
@@ -30,6 +31,13 @@ demo: $(INSTALLED)
 # Two processes, one thread each; a file's tests stay together, because they share what is slow to make.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
+
+# Continuous integration runs the first of these marks alone (`pytest -m slurm`): the second one needs MariaDB.
+test-slurm: $(INSTALLED)
+	pytest -m "slurm or slurm_accounting" tests/slurm
+
+test-slurm-demo: $(INSTALLED)
+	pytest -m slurm_demo tests/slurm
 
 # Do the numbers of a finished demo show what its charts are there to show?
 check-demo: $(INSTALLED)
