@@ -87,11 +87,11 @@ def job_cancelled(undisturbed: Study, folder: Path) -> None:
 def out_of_memory(undisturbed: Study, folder: Path) -> None:
     """A job that needs more memory than it asked for: it is tried again with more."""
     study = undisturbed.copy(folder, PRUNE)
-    run = study.start("--set-resources", f"prune_model:mem_mb={needs.memory(base=350)}")
+    run = study.start("--set-resources", f"prune_model:mem_mb={needs.memory(base=450)}")
     run.ends(0)
     first, second = study.jobs(PRUNE)
     assert "exceeded memory limit" in Path(first["StdOut"]).read_text()
-    assert [first["MinMemoryNode"], second["MinMemoryNode"]] == ["350M", "700M"]
+    assert [first["MinMemoryNode"], second["MinMemoryNode"]] == ["450M", "900M"]
     study.check(undisturbed, {PRUNE: 2})
 
 
