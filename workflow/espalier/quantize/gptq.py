@@ -65,9 +65,9 @@ def apply(parent: Path, output: Path, recipe: Recipe, *, seed: int, device: str)
     drawn = recipe.calibration.draw(tokenizer)
     torch.manual_seed(seed)
     trusted = info.get("trust_remote_code", False)
-    with gptq_loading.quiet(), gptq_loading.no_logs(), gptq_loading.no_carried_code(trusted):
+    with gptq_loading.quiet():
         from gptqmodel import GPTQModel, QuantizeConfig
-
+    with gptq_loading.quiet(), gptq_loading.no_logs(), gptq_loading.no_carried_code(trusted):
         config = QuantizeConfig(
             bits=recipe.bits,
             group_size=recipe.group_size,
