@@ -313,11 +313,15 @@ def test_a_study_without_prefetch_stops_at_once_and_with_it_runs_offline(model, 
         prefetch = snakemake(project, "prefetch", "--configfile", "s.yaml", "--cores", "1")
         assert prefetch.returncode == 0, prefetch.stderr
     monkeypatch.setenv("HF_ENDPOINT", DEAD)
-    compared = snakemake(project, "results/s/tables/calibration.json", "--configfile", "s.yaml", "--cores", "1")
+    target = ("results/s/tables/calibration.json", "--configfile", "s.yaml")
+    compared = snakemake(project, *target, "--cores", "1")
     assert compared.returncode == 0, compared.stderr
     table = json.loads((project / "results/s/tables/calibration.json").read_text())
     assert (table["calibrations"]["few"]["documents"], table["suites"]["held"]["too_short"]) == (3, 2)
-    assert all(TOKEN not in run.stdout + run.stderr for run in (refused, prefetch, compared))
+    report = snakemake(project, "--report", "report.html", *target)
+    assert report.returncode == 0, report.stderr
+    assert "calibration.json" in (project / "report.html").read_text()
+    assert all(TOKEN not in run.stdout + run.stderr for run in (refused, prefetch, compared, report))
     assert leaks(project) + leaks(tmp_path / "cache") == []
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from espalier.errors import UserError
 from espalier.files import read_json, write_json
-from espalier.study import gpus_of
+from espalier.slurm_nodes import gpus_of
 
 if TYPE_CHECKING:
     from snakemake.dag import DAG

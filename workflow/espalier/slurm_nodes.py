@@ -171,6 +171,11 @@ def _at_least(key: str, value: int, unit: str, field: str) -> Need:
     )
 
 
+def gpus_of(gres: str) -> int:
+    """Return the number of GPUs in Slurm's list of generic resources, of NAME, NAME:COUNT and NAME:TYPE:COUNT."""
+    return sum(count for (name, _), count in _counts(gres).items() if name == "gpu")
+
+
 def _counts(gres: str) -> Counter:
     """Return counts by name and type of `gpu:a100:4,gpu:2`; a type that is not given is ''."""
     counts = Counter()

@@ -17,6 +17,7 @@ from espalier.errors import UserError, did_you_mean
 from espalier.provenance import code_version
 from espalier.recipes import as_dict
 from espalier.results import path_of
+from espalier.slurm_nodes import gpus_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -307,12 +308,6 @@ def _code(script: str, modules: tuple[str, ...]) -> str:
 def _text_name(text: Text) -> str:
     digest = hashlib.sha256(json.dumps(as_dict(text)).encode()).hexdigest()
     return f"{text.dataset.name}-{digest[:8]}"
-
-
-def gpus_of(gres: str) -> int:
-    """Return the number of GPUs in Slurm's list of generic resources, of NAME, NAME:COUNT and NAME:TYPE:COUNT."""
-    found = (one.split(":") for one in gres.split(","))
-    return sum(int(parts[-1]) if parts[-1].isdigit() else 1 for parts in found if parts[0] == "gpu")
 
 
 def _datasets(node: Any) -> Iterable[dict]:
