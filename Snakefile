@@ -11,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from espalier import hub, needs, takeover
+from espalier import environments, hub, needs, preflight, takeover
 from espalier.errors import UserError
 from espalier.study import Study
 
@@ -24,7 +24,11 @@ if not workflow.configfiles:  # a study given with --configfile stands alone: it
 
 
 try:
-    STUDY = Study(config, file=os.path.relpath(workflow.configfiles[-1]))
+    STUDY = Study(
+        config,
+        file=os.path.relpath(workflow.configfiles[-1]),
+        submits=preflight.submits,
+    )
 except UserError as error:
     # Snakemake would print a traceback for any other exception.
     sys.tracebacklimit = 0
@@ -61,6 +65,7 @@ wildcard_constraints:
     suite=STUDY.pattern(STUDY.resolved.suites),
     workload=STUDY.pattern(STUDY.resolved.workloads),
     text=STUDY.pattern(STUDY.texts),
+    environment=STUDY.pattern(STUDY.environments),
 
 
 include: "workflow/rules/prefetch.smk"
@@ -70,6 +75,7 @@ include: "workflow/rules/prune.smk"
 include: "workflow/rules/tune.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/environments.smk"
 include: "workflow/rules/profile.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/figures.smk"

@@ -138,7 +138,7 @@ AT_PARSE_TIME = {
     ),
     "a misspelt engine": (
         put("workloads", "generation", "engine", "hff"),
-        "workloads.generation.engine: there is no engines method 'hff'. Did you mean 'hf'?",
+        "workloads.generation.engine: there is no engine 'hff'. Did you mean 'hf'?",
     ),
     "a misspelt chart": (
         rename("figures", "glue_bits", "glue_bit"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from chart_rows import frame, row, text_of
 from espalier.errors import UserError
 from espalier.figures import (
     Need,
@@ -28,23 +29,6 @@ from espalier.recipes import build
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ROOT / "reference" / "papers"
 CHARTS = (size_tradeoff, latency_throughput, quantization_tradeoff, engine_speedup, glue_bits, block_importance)
-COLUMNS = ["study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"]
-COLUMNS += ["engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "arithmetic"]
-COLUMNS += ["device"]
-
-
-def row(**given):
-    return dict.fromkeys(COLUMNS) | {"study": "s", "model": "m", "seed": 1, "outcome": "ok", "device": "cpu"} | given
-
-
-def frame(rows):
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def text_of(figure):
-    from matplotlib.text import Text
-
-    return " ".join(item.get_text() for item in figure.findobj(Text)).replace("\n", " ")
 
 
 # --- size_tradeoff
@@ -133,111 +117,14 @@ def test_size_config_mistakes_are_named():
         size_tradeoff.measured(size_recipe({"Ours": ["a"]}, tasks={"boolqq": "acc"}), frame(rows))
 
 
-# --- latency_throughput
-
-
-def timing(chain, batch, latency, seed=1, outcome="ok"):
-    about = {"kind": "profile", "suite": "speed", "chain": chain, "seed": seed, "batch_size": batch}
-    about |= {"input_tokens": 12, "output_tokens": 128, "engine": "hf", "parameters": 4.9e9, "outcome": outcome}
-    rate = None if latency is None else batch * 128 / latency
-    return [
-        row(**about, metric="latency", value=latency, stderr=None if latency is None else 0.1, unit="s"),
-        row(**about, metric="throughput", value=rate, unit="tokens/s"),
-    ]
-
-
-def latency_recipe(series):
-    rows = [{"title": "LLaMA-7B", "model": "m", "series": series}]
-    return build(latency_throughput.Recipe, {"title": "L", "workload": "speed", "rows": rows}, "figures.latency")
-
-
-def test_latency_points_average_seeds_and_keep_oom_rows():
-    rows = timing("ours", 1, 2.0) + timing("ours", 1, 4.0, seed=2) + timing("ours", 8, None, outcome="oom")
-    points = latency_throughput.measured(latency_recipe({"Ours": "ours"}), frame(rows))
-    assert list(points["batch_size"]) == [1, 8]
-    first = points.iloc[0]
-    assert first["latency"] == pytest.approx(3.0)
-    assert first["latency_error"] == pytest.approx(math.sqrt(0.1**2 + statistics.stdev((2, 4)) ** 2 / 2))
-    assert first["throughput"] == pytest.approx(statistics.mean((64, 32)))
-    assert points.iloc[1]["outcome"] == "oom"
-    assert math.isnan(points.iloc[1]["latency"])
-    text = text_of(latency_throughput.draw(points, "Title"))
-    assert "No results in this study: Original, LLM-Pruner, FLAP." in text
-    assert "OOM: Ours M8" in text
-    assert "Ours 4.9B" in text
-    assert "12 Input Tokens, 128 Output Tokens" in text
-
-
-def test_latency_refuses_two_results_for_one_point_and_unknown_series():
-    rows = timing("ours", 1, 2.0) + timing("ours", 1, 3.0)
-    with pytest.raises(UserError, match="two values of 'latency'"):
-        latency_throughput.measured(latency_recipe({"Ours": "ours"}), frame(rows))
-    with pytest.raises(UserError, match="Did you mean 'LLM-Pruner'"):
-        latency_throughput.needs(latency_recipe({"LLMPruner": "x"}))
-
-
-def test_latency_lines_of_several_sizes():
-    rows = timing("small", 1, 1.0) + timing("large", 1, 2.0)
-    for one in rows:
-        one["parameters"] = {"small": 2.0e9, "large": 5.0e9}[one["chain"]]
-    points = latency_throughput.measured(latency_recipe({"Ours": ["small", "large"]}), frame(rows))
-    assert dict(zip(points["chain"], points["latency"], strict=True)) == {"small": 1.0, "large": 2.0}
-    drawn = latency_throughput.draw(points, "Title")
-    lines = {
-        line.get_xdata()[0]: line.get_alpha() for line in drawn.subfigs[0].axes[0].get_lines() if len(line.get_xdata())
-    }
-    assert lines[2.0] == 1.0, "the largest is the darkest"
-    assert lines[1.0] < 0.8
-    text = text_of(drawn)
-    assert "Ours 5.0B" in text
-    assert "Ours 2.0B" in text
-    assert {need.chain for need in latency_throughput.needs(latency_recipe({"Ours": ["a", "b"], "FLAP": "c"}))} == set(
-        "abc"
-    )
-
-
-# --- engine_speedup
-
-
-def decoding(workload, batch, context, rate, seed=1, outcome="ok"):
-    place = {"kind": "profile", "suite": workload, "chain": "dense", "metric": "decode_throughput", "seed": seed}
-    condition = {"batch_size": batch, "input_tokens": context, "engine": workload, "outcome": outcome}
-    return row(**place, **condition, value=rate, stderr=None if rate is None else 0.1 * rate)
-
-
-def engine_recipe(series):
-    panels = [{"title": "(a) m", "model": "m", "chain": "dense", "series": series}]
-    return build(engine_speedup.Recipe, {"title": "E", "panels": panels}, "figures.engines")
-
-
-def test_speedup_is_the_ratio_to_hf_at_the_same_condition():
-    rows = [
-        decoding("hf", 1, 128, 10.0),
-        decoding("hf", 2, 128, 20.0),
-        decoding("hf", 2, 1024, None, outcome="oom"),
-        decoding("ours", 1, 128, 25.0),
-        decoding("ours", 2, 128, None, outcome="oom"),
-        decoding("ours", 2, 1024, 30.0),
-        decoding("trt", None, None, None, outcome="unavailable: needs an NVIDIA GPU"),
-    ]
-    recipe = engine_recipe({"HF": "hf", "Ours": "ours", "TensorRT-LLM": "trt"})
-    points = engine_speedup.measured(recipe, frame(rows))
-    found = points.dropna(subset=["batch_size"]).set_index(["series", "batch_size", "input_tokens"])
-    assert found.loc[("Ours", 1, 128), "speedup"] == pytest.approx(2.5)
-    assert found.loc[("Ours", 1, 128), "speedup_error"] == pytest.approx(2.5 * math.hypot(0.1, 0.1))
-    assert found.loc[("HF", 2, 128), "speedup"] == 1.0
-    assert found.loc[("Ours", 2, 128), "outcome"] == "oom"
-    without = found.loc[("Ours", 2, 1024)]
-    assert math.isnan(without["speedup"])
-    assert without["throughput"] == 30.0
-    assert without["outcome"] != "ok"
-    text = text_of(engine_speedup.draw(points, "Title"))
-    assert "No results in this study: vLLM, FlashDecoding, DeepSpeed, OpenPPL." in text
-    assert "TensorRT-LLM is unavailable: needs an NVIDIA GPU." in text
-    assert "batch size 2" in text
-    assert "1k" in text
-    with pytest.raises(UserError, match="Did you mean 'vLLM'"):
-        engine_speedup.needs(engine_recipe({"VLLM": "x"}))
+def test_a_failure_is_no_bar_of_a_size():
+    dead = "failed: its worker ended with signal 11"
+    rows = variant("dense", 652_000, {1: (0.5, 0.7)}, None, outcome=dead)
+    rows += variant("cut", 471_000, {1: (0.4, 0.5)}, 2 * 2**20)
+    points = size_tradeoff.measured(size_recipe({"Original": ["dense"], "Ours": ["cut"]}), frame(rows))
+    text = text_of(size_tradeoff.draw(points, "Title"))
+    assert "Original failed in part: its worker ended with signal 11." in text
+    assert "OOM" not in text
 
 
 # --- glue_bits

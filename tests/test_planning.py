@@ -326,6 +326,19 @@ def test_disk_of_what_stands_is_measured(study):
     assert costs(Times(study, [model]))[0].bytes == (750, "measured")
 
 
+def test_an_environment_takes_minutes_and_gigabytes(study):
+    build = job(0, rule="build_environment", environment="vllm-cpu")
+    build = dataclasses.replace(build, outputs=["found.json"])
+    times = Times(study, [build])
+    assert costs(times) == [Cost(build, Estimate(300, "assumed"), Estimate(4e9, "assumed"))]
+    assert times.used == {"environment"}
+    finished = dataclasses.replace(build, runs=False)
+    Path("found.json").write_bytes(b"x" * 50)
+    Path("results/environments/vllm-cpu/venv").mkdir(parents=True)
+    Path("results/environments/vllm-cpu/venv/package").write_bytes(b"x" * 700)
+    assert costs(Times(study, [finished]))[0].bytes == (750, "measured")
+
+
 # The script -------------------------------------------------------------------------------------------------------
 
 

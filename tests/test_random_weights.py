@@ -74,6 +74,15 @@ def test_the_model_computes_and_its_tokenizer_reads_any_text(tmp_path):
     assert checkpoint.model(input_ids=ids).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
+def test_a_longer_context_than_the_architecture_had_can_be_asked_for(tmp_path, config):
+    """Such as 32k tokens in a shape of 2048, whose time and memory are those of that context."""
+    made(tmp_path / "model", config=config, positions=70, layers=1, weights_dtype="float32")
+    model = checkpoints.load(tmp_path / "model", device="cpu").model
+    assert (model.config.max_position_embeddings, model.config.num_hidden_layers) == (70, 1)
+    assert model(input_ids=torch.zeros(1, 70, dtype=torch.long)).logits.isfinite().all()
+
+
 def test_weights_follow_from_the_seed(tmp_path):
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

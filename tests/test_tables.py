@@ -45,3 +45,16 @@ def test_mixed_devices_libraries_and_code_are_told():
     assert [warning.split(":")[0] for warning in warnings] == [
         f"evaluate 'suite' mixes results of different {fact}" for fact in ("code", "device", "torch")
     ]
+
+
+def test_a_timing_beside_other_work_is_told():
+    row = {"task": "generation", "metric": "cpu_of_others", "value": 0.04, "unit": "fraction"}
+    calm = result(measurements=[row])
+    assert tables.disturbed([calm, result()]) == []
+    shared = result(measurements=[row | {"value": 0.31}], samples={"shared_with": ["process 7: python prune_model.py"]})
+    unknown = result(measurements=[row | {"value": None, "outcome": "unavailable: the calls are too short"}])
+    about = "m/dense, evaluate 'suite'"
+    assert tables.disturbed([calm, shared, unknown]) == [
+        f"{about}: others had 31% of the CPU's time while it was timed.",
+        f"{about}: it was timed beside other jobs of the same run: process 7: python prune_model.py.",
+    ]

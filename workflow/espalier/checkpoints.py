@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import gptq_loading, hub_cache, lowbit_loading
+from espalier import gptq_loading, hub_cache, lowbit_loading, memory
 from espalier.errors import UserError, first_line
 from espalier.files import read_json, sha256, write_json
 
@@ -37,6 +37,10 @@ TASKS = {
 }
 # What a description says of how and where a checkpoint is stored, and not of the model.
 STORAGE = ("format", "path", "id", "revision", "dtype", "bits", "arithmetic", "kernel")
+
+
+class TooLarge(UserError):
+    """Memory ran out while a checkpoint was loaded."""
 
 
 @dataclass
@@ -245,8 +249,9 @@ def _source(folder: Path, info: dict) -> tuple[str | Path, str | None]:
 def _loading(source: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_error()) as error:
-        raise UserError(f"The checkpoint {source} cannot be loaded: {first_line(error)}.") from error
+    except (OSError, ValueError, RuntimeError, KeyError, MemoryError, *_safetensors_error()) as error:
+        kind = TooLarge if memory.is_out_of_memory(error) else UserError
+        raise kind(f"The checkpoint {source} cannot be loaded: {first_line(error)}.") from error
 
 
 def know_pruned(source: str | Path) -> None:

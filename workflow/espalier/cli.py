@@ -71,12 +71,28 @@ def identity(arguments: argparse.Namespace) -> dict:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: a UserError ends it with one line and exit status 1."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in CHATTERERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    prepare()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def prepare() -> None:
+    """Set what libraries read when they are imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in CHATTERERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def import_lightly() -> None:
+    """Have transformers do without libraries that no method here needs: 1.6 of 4 s before a model is loaded.
+
+    They are imported for assisted decoding, for object detection, and for a quantization format.
+    """
+    import transformers.utils
+
+    for name in ("is_sklearn_available", "is_scipy_available", "is_torchao_available"):
+        setattr(transformers.utils, name, lambda: False)

@@ -296,7 +296,8 @@ def _steps(entries: dict, kinds: tuple[str, ...], section: str, file: str, refer
             raise UserError(f"{where}: {wanted} must say which method this is.{near}")
         (kind,) = named
         module = plugins.load(kind, entry[kind], f"{where}.{kind}")
-        content = _refer({key: value for key, value in entry.items() if key != kind}, references, where)
+        content = plugins.fill(module, {key: value for key, value in entry.items() if key != kind}, where)
+        content = _refer(content, references, where)
         recipe = build(module.Recipe, content, where)
         # Defaults are written out: a result then says all of its recipe, and a changed default reruns its jobs.
         written = {kind: entry[kind], **as_dict(recipe)}

@@ -45,6 +45,7 @@ class Estimate(NamedTuple):
 ASSUMPTIONS = {
     "start": Assumption(15, "s until a job computes: Python, torch and transformers are loaded"),
     "other": Assumption(60, "s a job without a model"),
+    "environment": Assumption(300, "s until an engine's environment, some 4 GB, is downloaded and installed"),
     "read": Assumption(1, "GB/s at which weights are read from disk, and written", 1e9),
     "download": Assumption(50, "MB/s from the hub", 1e6),
     "gpu": Assumption(100, "TFLOP/s that a GPU reaches", 1e12),
@@ -128,7 +129,7 @@ class Times:
     def _assumed(self, job: Job) -> float:
         size, step = self._size(job), step_of(self.study, job)
         if size is None:
-            return self.assume("other")
+            return self.assume("environment" if "environment" in job.wildcards else "other")
         seconds = self.assume("start") + 2 * size.bytes / self.assume("read")
         if step is None:  # a model that exists already
             entry = self.study.resolved.models[job.wildcards["model"]]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from espalier import checkpoints, cli, plugins
 from espalier.files import whole_folder, write_json
+from espalier.measured import Measured
 from espalier.progress import progress
-from espalier.provenance import code_version, provenance
+from espalier.provenance import circumstances, code_version, provenance
 from espalier.recipes import as_dict, build
 from espalier.results import envelope
 
@@ -46,22 +47,44 @@ def fetch(arguments: argparse.Namespace, script: Path) -> None:
     _write_step(arguments, "fetch", arguments.reference, info, report, _provenance(started, "cpu", script, []))
 
 
-def measure(kind: str, arguments: argparse.Namespace, script: Path) -> None:
-    """Measure a checkpoint with a suite (kind evaluate) or a workload (kind profile) and write the raw result."""
+def evaluate(arguments: argparse.Namespace, script: Path) -> None:
+    """Evaluate a checkpoint with a suite and write the raw result."""
     started = time.time()
-    module, recipe, content = _start(kind, arguments)
+    module, recipe, content = _start("evaluate", arguments)
     checkpoint = checkpoints.load(arguments.model, device=arguments.device)
     measured = module.measure(checkpoint, recipe, seed=arguments.seed, device=checkpoint.device)
+    origin = _provenance(started, checkpoint.device, script, plugins.modules(module, recipe))
+    _write_measured("evaluate", arguments, content, checkpoint.info, measured, origin)
+
+
+def profile(arguments: argparse.Namespace, script: Path) -> None:
+    """Measure time and memory of a checkpoint under a workload and write the raw result.
+
+    `arguments.environment` is the file that says where the engine's own Python is, None where it has none. The model
+    may run in another process: the workload says what it was made with.
+    """
+    started = time.time()
+    module, recipe, content = _start("profile", arguments, lightly=False)
+    where = {"device": arguments.device, "environment": arguments.environment}
+    measured = module.measure(arguments.model, recipe, seed=arguments.seed, **where)
+    code = code_version(script, plugins.modules(module, recipe))
+    origin = {**circumstances(started), **measured.made_with, "code": code}
+    _write_measured("profile", arguments, content, measured.checkpoint, measured, origin)
+
+
+def _write_measured(
+    kind: str, arguments: argparse.Namespace, content: dict, info: dict, measured: Measured, origin: dict
+) -> None:
     write_json(
         arguments.output,
         envelope(
             kind=kind,
             identity=cli.identity(arguments),
             recipe=content,
-            checkpoint=checkpoint.info,
+            checkpoint=info,
             measurements=measured.measurements,
             samples=measured.samples,
-            provenance=_provenance(started, checkpoint.device, script, plugins.modules(module, recipe)),
+            provenance=origin,
         ),
     )
 
@@ -86,24 +109,15 @@ def _write_step(arguments: argparse.Namespace, task: str, recipe: dict, info: di
     )
 
 
-def _start(kind: str, arguments: argparse.Namespace) -> tuple:
-    _import_lightly()
+def _start(kind: str, arguments: argparse.Namespace, lightly: bool = True) -> tuple:
+    if lightly:  # a process that drives another imports transformers not at all
+        cli.import_lightly()
     progress.prefix = f"{arguments.model_name} {arguments.chain} {kind} {arguments.name}: "
     method = arguments.recipe.get(kind)
     module = plugins.load(kind, method, "--recipe")
-    recipe = build(module.Recipe, {key: value for key, value in arguments.recipe.items() if key != kind}, "--recipe")
+    keys = {key: value for key, value in arguments.recipe.items() if key != kind}
+    recipe = build(module.Recipe, plugins.fill(module, keys, "--recipe"), "--recipe")
     return module, recipe, {kind: method, **as_dict(recipe)}
-
-
-def _import_lightly() -> None:
-    """Have transformers do without libraries that no method here needs: 1.6 of 4 s before a model is loaded.
-
-    They are imported for assisted decoding, for object detection, and for a quantization format.
-    """
-    import transformers.utils
-
-    for name in ("is_sklearn_available", "is_scipy_available", "is_torchao_available"):
-        setattr(transformers.utils, name, lambda: False)
 
 
 def _provenance(started: float, device: str, script: Path, modules: list[str]) -> dict:

@@ -13,6 +13,7 @@ from espalier.planned_jobs import Job
 from espalier.study import Study
 
 RESULT_BYTES = 1_000_000  # assumed of an output that is no model
+ENVIRONMENT_BYTES = 4_000_000_000  # assumed of an engine's environment
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,14 @@ def critical_path(found: Sequence[Cost]) -> list[Cost]:
 def disk(study: Study, job: Job) -> Estimate:
     """Return the bytes of a job's outputs: those on disk, else of a checkpoint by its bits and parameters.
 
-    A pruned checkpoint is taken to be as large as the dense one.
+    A pruned checkpoint is taken to be as large as the dense one. An engine's environment counts, too, though studies
+    share it.
     """
     outputs = [Path(output) for output in job.outputs]
+    if environment := job.wildcards.get("environment"):
+        if job.runs:
+            return Estimate(ENVIRONMENT_BYTES, "assumed")
+        outputs.append(study.environment_folder(environment))
     if all(output.exists() for output in outputs):
         return Estimate(sum(map(_bytes, outputs)), "measured")
     model, step = job.wildcards.get("model"), step_of(study, job)

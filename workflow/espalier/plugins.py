@@ -27,13 +27,28 @@ def names(kind: str) -> tuple[str, ...]:
 def module_name(kind: str, name: str, where: str) -> str:
     """Return the dotted module of a plugin; raises UserError, opened by `where`, for a name without a file."""
     if name not in names(kind):
-        raise UserError(f"{where}: there is no {kind} method '{name}'.{did_you_mean(name, names(kind))}")
+        what = "engine" if kind == "engines" else f"{kind} method"
+        raise UserError(f"{where}: there is no {what} '{name}'.{did_you_mean(name, names(kind))}")
     return f"espalier.{kind}.{name.replace('-', '_')}"
 
 
 def load(kind: str, name: str, where: str = "config") -> ModuleType:
     """Import a plugin. Its heavy libraries are imported by its functions, so this is cheap enough for a dry-run."""
     return importlib.import_module(module_name(kind, name, where))
+
+
+def fill(module: ModuleType, content: dict, where: str) -> dict:
+    """Return a recipe's keys with those of the preset that its key `preset` names filled in, where it lacks them.
+
+    A plugin names its presets in `PRESETS`, name → keys. Raises UserError, opened by `where`, for a name that is none.
+    """
+    presets = getattr(module, "PRESETS", {})
+    if not presets or "preset" not in content:
+        return content
+    name = str(content["preset"])
+    if name not in presets:
+        raise UserError(f"{where}.preset: there is no preset '{name}'.{did_you_mean(name, presets)}")
+    return presets[name] | {key: value for key, value in content.items() if key != "preset"}
 
 
 def modules(module: ModuleType, recipe: object) -> list[str]:

@@ -26,6 +26,11 @@ def prefetches(workflow: Workflow) -> bool:
     return set(workflow.dag_settings.targets) == {"prefetch"}
 
 
+def submits() -> bool:
+    """Return whether the snakemake that this process is, also in a dry-run, is asked to submit its jobs."""
+    return _asked_for()[0] not in LOCAL
+
+
 def check(workflow: Workflow, study: Study, executor: str, settings: object) -> None:
     """Raise UserError for what this run lacks, with what to do about it.
 

@@ -100,12 +100,19 @@ def _fingerprint(file: Path) -> str:
 
 def provenance(started: float, device: str) -> dict:
     """Return what a raw result records of its making; `started` is time.time() at the start, `device` cpu or cuda."""
+    return circumstances(started) | made_with(device)
+
+
+def made_with(device: str) -> dict:
+    """Return what a raw result records of the process that made it."""
+    return {"packages": packages(), "python": platform.python_version(), "device": describe_device(device)}
+
+
+def circumstances(started: float) -> dict:
+    """Return what a raw result records whatever process has made it."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "packages": packages(),
-        "python": platform.python_version(),
-        "device": describe_device(device),
         "host": platform.node(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -115,7 +122,7 @@ def provenance(started: float, device: str) -> dict:
 
 def packages() -> dict[str, str]:
     """Return the versions of the libraries that results depend on, of those that are installed."""
-    return {name: version for name in PACKAGES if (version := _version(name))}
+    return {name: found for name in PACKAGES if (found := version(name))}
 
 
 def describe_device(device: str) -> dict:
@@ -146,7 +153,8 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

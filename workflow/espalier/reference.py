@@ -126,6 +126,7 @@ def page() -> str:
             title = name if kind == "figures" else f"{kind}: {name}"
             module = inspect.getmodule(cls)
             out += [f"### {title}", "", f"{inspect.getdoc(module).splitlines()[0]}", "", *_table(cls)]
+            out += _presets(cls)
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -143,6 +144,23 @@ def _table(cls: type) -> list[str]:
         if part not in (config.Calibration, config.Dataset):
             rows += [f"`{part.__name__}`: {inspect.getdoc(part).splitlines()[0]}", "", *_table(part)]
     return rows
+
+
+def _presets(cls: type) -> list[str]:
+    """Return the lines about the presets of a recipe's plugin; none if it has none."""
+    presets = _presets_of(cls)
+    if not presets:
+        return []
+    rows = []
+    for name, keys in presets.items():
+        said = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in keys.items())
+        rows.append(f"| `{name}` | {said} |".replace('"', ""))
+    note = "The key `preset` fills in several keys at once, below those that the entry has itself:"
+    return [note, "", "| preset | stands for |", "|---|---|", *rows, ""]
+
+
+def _presets_of(cls: type) -> dict[str, dict]:
+    return getattr(inspect.getmodule(cls), "PRESETS", {})
 
 
 def _default(field: dataclasses.Field) -> str:
@@ -182,7 +200,14 @@ def _object(cls: type, kind: str | None = None, method: str | None = None, besid
         properties = {**_object(beside)["properties"], **properties}
     if kind:
         properties, required = {kind: {"const": method}, **properties}, [kind, *required]
-    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+    entry = {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+    if presets := _presets_of(cls):
+        properties["preset"] = {"enum": list(presets), "description": "keys to fill in below the entry's own"}
+        filled = set.intersection(*(set(keys) for keys in presets.values()))
+        missing = [name for name in required if name in filled]
+        entry["required"] = [name for name in required if name not in filled]
+        entry["anyOf"] = [{"required": ["preset"]}, {"required": missing}]
+    return entry
 
 
 def _schema_of(kind: Any) -> dict:

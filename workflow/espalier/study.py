@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from espalier import chains, group_sizes, plugins
+from espalier import chains, devices, environments, group_sizes, plugins
 from espalier.config import Resolved, Step, resolve
 from espalier.data import Calibration, Text
 from espalier.errors import UserError, did_you_mean
@@ -33,9 +33,19 @@ class Wanted(NamedTuple):
 
 
 class Study:
-    """A checked study; `mapping` is Snakemake's config, `file` the config's name for error messages."""
+    """A checked study; `mapping` is Snakemake's config, `file` the config's name for error messages.
 
-    def __init__(self, mapping: dict, file: str = "config.yaml", results: str = "results", figures: str = "figures"):
+    `submits` says whether its jobs are submitted to a cluster, whose devices cannot be seen from here.
+    """
+
+    def __init__(
+        self,
+        mapping: dict,
+        file: str = "config.yaml",
+        results: str = "results",
+        figures: str = "figures",
+        submits: Callable[[], bool] = lambda: False,
+    ):
         self.file = file
         self.resolved: Resolved = resolve(mapping, file, results)
         self.config = self.resolved.config
@@ -45,6 +55,7 @@ class Study:
         for section in ("suites", "workloads"):
             self._check_dataset_tasks(section)
         self._check_calibrations()
+        self._check_environments(submits)
         self.wanted = self._wanted()
 
     # What to make -----------------------------------------------------------------------------------------------------
@@ -83,6 +94,32 @@ class Study:
     def timed(self, workload: str) -> bool:
         """Return whether a workload measures time: then its jobs must share the machine with no other."""
         return plugins.load("profile", self.step("workloads", workload).method).TIMED
+
+    def environment(self, workload: str) -> str | None:
+        """Return the environment of its own that a workload's engine has on the study's device; None: the main one.
+
+        The device `auto` is what this machine has; where jobs are submitted it is refused, if it matters.
+        """
+        of_engine = self._environments(workload)
+        return of_engine.get(self._device) if of_engine else None
+
+    def environment_file(self, environment: str) -> Path:
+        """Return the study's file that says where the Python of an environment is."""
+        return self.root / "environments" / f"{environment}.json"
+
+    def environment_folder(self, environment: str) -> Path:
+        """Return the folder of an environment, which all studies share."""
+        return self.results / "environments" / environment
+
+    def environment_files(self, workload: str | None = None) -> list[str]:
+        """Return the files about the environments that a workload needs, or, without one, all that is measured."""
+        workloads = {one.name for one in self.wanted if one.kind == "profile"} if workload is None else {workload}
+        return sorted({str(self.environment_file(name)) for name in map(self.environment, workloads) if name})
+
+    @property
+    def environments(self) -> set[str]:
+        """The environments that the study's engines have, on any device."""
+        return {name for workload in self.resolved.workloads for name in self._environments(workload).values()}
 
     def processes(self, name: str, resources: Mapping) -> int:
         """Return how many processes share the training of a recipe: one a GPU asked for, if its method can divide it.
@@ -195,6 +232,32 @@ class Study:
                 if task not in known:
                     where = f"{self.file}: {section}.{name}.tasks"
                     raise UserError(f"{where}: '{dataset.name}' has no task '{task}'.{did_you_mean(task, known)}")
+
+    def _environments(self, workload: str) -> dict[str, str]:
+        """Return device → environment of the engine that a workload's recipe names, if it names one."""
+        engine = getattr(self.step("workloads", workload).recipe, "engine", None)
+        return environments.of_engine(engine) if engine else {}
+
+    @cached_property
+    def _device(self) -> str:
+        asked = self.config.device
+        return asked if asked != "auto" else "cuda" if devices.present() else "cpu"
+
+    def _check_environments(self, submits: Callable[[], bool]) -> None:
+        """Refuse a workload whose engine needs an environment that has no lock, or that nobody here can choose."""
+        for workload, step in self.resolved.workloads.items():
+            of_engine = self._environments(workload)
+            if self.config.device == "auto" and of_engine.get("cpu") != of_engine.get("cuda") and submits():
+                raise UserError(
+                    f"{self.file}: device: say cuda or cpu: the engine '{step.recipe.engine}' has another environment"
+                    " on each."
+                )
+            for name in of_engine.values():
+                if not (lock := environments.lock_file(name)).is_file():
+                    raise UserError(
+                        f"{self.file}: workloads.{workload}.engine: the engine '{step.recipe.engine}' needs the"
+                        f" environment {name}, and its lock {lock} does not exist."
+                    )
 
     def _check_calibrations(self) -> None:
         """Refuse a calibration set without a name, or on the very rows that a suite evaluates.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "result.schema.json"
+MUCH = 0.1  # of all cores' time: a timing beside more work of others than this is doubtful
 COLUMNS = (
     *("study", "model", "seed", "chain", "kind", "suite", "task", "metric", "value", "stderr", "n", "unit"),
     *("engine", "batch_size", "input_tokens", "output_tokens", "outcome", "parameters", "bits", "arithmetic", "device"),
@@ -77,6 +78,20 @@ def incomparable(results: Iterable[dict]) -> list[str]:
                 f"{value} ({len(who)} results, such as {who[0]})" for value, who in sorted(values.items())
             )
             warnings.append(f"{name} mixes results of different {fact}: {parts}.")
+    return warnings
+
+
+def disturbed(results: Iterable[dict]) -> list[str]:
+    """Return warnings about timings beside which others had much of the CPU's time, or the same run another job."""
+    warnings = []
+    for result in results:
+        identity = result["identity"]
+        about = f"{identity['model']}/{identity['chain']}, {result['kind']} '{identity['name']}'"
+        for one in result["measurements"]:
+            if one["metric"] == "cpu_of_others" and (one["value"] or 0) > MUCH:
+                warnings.append(f"{about}: others had {one['value']:.0%} of the CPU's time while it was timed.")
+        if jobs := result["samples"].get("shared_with"):
+            warnings.append(f"{about}: it was timed beside other jobs of the same run: {'; '.join(jobs)}.")
     return warnings
 
 

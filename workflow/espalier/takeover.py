@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING
 
 from espalier import preflight, slurm_queue, watching
 from espalier.errors import UserError
+from espalier.neighbours import MARK
 from espalier.study import Study
 
 if TYPE_CHECKING:
     from snakemake.workflow import Workflow
 
-MARK = "ESPALIER_RUN"  # in the environment of all processes of a run: its folder and study
 SLURM_NAME = "{prefix}_[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}"  # of a Slurm job: the prefix and a run's UUID
 SECONDS_BETWEEN_LOOKS = 5
 SECONDS_TO_END = 60  # that local jobs get, so that a training can save itself

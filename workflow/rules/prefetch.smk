@@ -1,6 +1,6 @@
 """Prefetch: what the study needs of the hub, for compute nodes without internet.
 
-In:  the config
+In:  the config  environments/{environment}.json
 Out: the hub's cache  prefetch.json
 """
 
@@ -12,7 +12,8 @@ localrules:
 
 rule prefetch:
     """Download every model and data set of the hub that this study reads, pinned, into the hub's cache."""
-
+    input:
+        environments=lambda w: STUDY.environment_files(),
     # The manifest is no output: a job without one runs whenever it is asked for, and the cache may have been cleaned.
     log:
         f"{STUDY.root}/logs/prefetch.log",

@@ -1,6 +1,6 @@
 """Profile: time and memory of a model are measured.
 
-In:  {chain}/model/
+In:  {chain}/model/  environments/{environment}.json
 Out: {chain}/profile/{workload}.json
 """
 
@@ -10,6 +10,7 @@ rule profile_model:
     input:
         model=f"{RUN}/{{chain}}/model",
         data=lambda w: STUDY.data("workloads", w.workload),
+        environment=lambda w: STUDY.environment_files(w.workload),
     output:
         result=f"{RUN}/{{chain}}/profile/{{workload}}.json",
     log:
@@ -28,5 +29,6 @@ rule profile_model:
         study=STUDY.name,
     shell:
         "{params.gpus}python workflow/scripts/profile_model.py --model {input.model} --recipe {params.recipe:q}"
-        " --device {params.device} --output {output.result} --study {params.study} --model-name {wildcards.model}"
-        " --seed {wildcards.seed} --chain {wildcards.chain} --name {wildcards.workload} 2>&1 | tee {log}"
+        " --device {params.device} --environment {input.environment} --output {output.result} --study {params.study}"
+        " --model-name {wildcards.model} --seed {wildcards.seed} --chain {wildcards.chain} --name {wildcards.workload}"
+        " 2>&1 | tee {log}"

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_recipe(parser, "evaluate")
     parser.add_argument("--output", type=Path, required=True, help="raw result to write (JSON)")
     cli.add_identity(parser)
-    jobs.measure("evaluate", parser.parse_args(argv), Path(__file__))
+    jobs.evaluate(parser.parse_args(argv), Path(__file__))
 
 
 if __name__ == "__main__":

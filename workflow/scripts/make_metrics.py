@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="table to write (CSV)")
     arguments = parser.parse_args(argv)
     results = [tables.read(path) for path in arguments.results]
-    for warning in tables.incomparable(results):
+    for warning in tables.incomparable(results) + tables.disturbed(results):
         print(f"warning: {warning}", file=sys.stderr)
     with whole_file(arguments.output) as partial:
         tables.frame(results).to_csv(partial, index=False)

@@ -16,9 +16,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder to measure")
     cli.add_recipe(parser, "profile")
+    parser.add_argument(
+        "--environment", type=Path, nargs="?", help="JSON that says where the engine's own Python is, if it has one"
+    )
     parser.add_argument("--output", type=Path, required=True, help="raw result to write (JSON)")
     cli.add_identity(parser)
-    jobs.measure("profile", parser.parse_args(argv), Path(__file__))
+    jobs.profile(parser.parse_args(argv), Path(__file__))
 
 
 if __name__ == "__main__":

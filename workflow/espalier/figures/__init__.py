@@ -10,7 +10,7 @@ error bar, so that the CSV beside a chart holds all that the chart shows:
     spread  sample standard deviation over seeds; empty for one seed
     error   the error bar: sqrt(stderr² + spread² / seeds)
     seeds   how many seeds have a value
-    outcome "ok", or why there is no value ("oom", "unavailable: reason", "missing: what")
+    outcome "ok", or why there is no value ("oom", "unavailable: reason", "failed: reason", "missing: what")
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BASELINE, DIAMONDS = "HF", "Ours"
 SERIES = {
     "HF": "#C8C8C8",
+    "HF compiled": "#8E7CC3",
     "vLLM": "#6B6B6B",
     "FlashDecoding": "#3B82D0",
     "DeepSpeed": "#1B3A78",
@@ -37,6 +38,7 @@ SERIES = {
     "OpenPPL": "#E0A526",
     "Ours": "#D7261E",
 }
+NOT_IN_THE_PAPER = ("HF compiled",)
 NO_BASELINE = "no baseline: HF has no number at this condition"
 CONDITION = ("batch_size", "input_tokens")
 COLUMNS = (
@@ -182,8 +184,10 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
             handles.append(
                 Line2D([], [], marker="D", color=SERIES[DIAMONDS], mec="black", mew=0.6, ms=4.5, ls="", label=label)
             )
-        footer = [*style.footer_lines(points, list(SERIES), note), "Labels under the bars: context length in tokens."]
-        if points[points["series"] == BASELINE]["throughput"].notna().any():
+        known = [name for name in SERIES if name not in NOT_IN_THE_PAPER]
+        footer = [*style.footer_lines(points, known, note), "Labels under the bars: context length in tokens."]
+        baseline = points[(points["series"] == BASELINE) & points["throughput"].notna()]
+        if not all(_crowded(points[points["panel"] == name]) for name in baseline["panel"]):
             footer.append(f"Above the bars of {BASELINE}: its tokens/s.")
         if (points["outcome"] == NO_BASELINE).any():
             footer.append("Where HF has no result there is no bar: a speed-up needs its baseline.")
@@ -211,6 +215,11 @@ def _clusters(points: DataFrame) -> list[tuple[int | None, int]]:
     return sorted({_condition(row) for row in placed}, key=lambda pair: (pair[0] or 0, pair[1]))
 
 
+def _crowded(points: DataFrame) -> bool:
+    """Return whether a panel has too many bars for numbers above them."""
+    return len(_clusters(points)) * len(_present(points)) > 40
+
+
 def _draw_panel(axes, points: DataFrame) -> None:
     clusters, present = _clusters(points), _present(points)
     if not clusters or not present:
@@ -220,7 +229,7 @@ def _draw_panel(axes, points: DataFrame) -> None:
     # A gap of 0.6 clusters parts the batch sizes.
     centre = {pair: place + 0.6 * batches.index(pair[0]) for place, pair in enumerate(clusters)}
     width = 0.84 / max(len(present), 4 if len(clusters) < 3 else 2)
-    crowded = len(clusters) * len(present) > 40
+    crowded = _crowded(points)
     error_style = style.ERROR_BAR | {"capsize": 0 if crowded else 1.5, "elinewidth": 0.6}
     diamonds = []
     for row in points.dropna(subset=["input_tokens"]).to_dict("records"):
@@ -242,6 +251,7 @@ def _draw_panel(axes, points: DataFrame) -> None:
     axes.axhline(1, color="#777777", linewidth=0.7, linestyle="--", zorder=0.5)
     axes.set_ylabel("Speedup")
     axes.set_ylim(0, max(2.0, 1.15 * axes.get_ylim()[1]))
+    axes.yaxis.set_major_formatter("{x:.1f}")  # as wide whatever the ticks are, or the layout would not settle
     axes.grid(axis="y")
     axes.set_xlim(min(centre.values()) - 0.6, max(centre.values()) + 0.6)
     axes.set_xticks(list(centre.values()), [style.length_label(context) for _, context in clusters])

@@ -53,6 +53,7 @@ class Row:
     title: str  # stands above
     model: str  # name of a model
     series: dict[str, str | list[str]]  # name of `SERIES` → chain, or chains of several sizes, each a line
+    workload: str | None = None  # in place of the chart's, such as the same one with another engine
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ def needs(recipe: Recipe) -> list[Need]:
     """Return the raw results that the chart plots; raises UserError for a series that the chart does not have."""
     for row in recipe.rows:
         check_names(row.series, SERIES, f"figure '{recipe.title}', row '{row.title}'")
-    found = (Need(row.model, chain, "profile", recipe.workload) for row in recipe.rows for _, chain in _lines(row))
+    found = (
+        Need(row.model, chain, "profile", row.workload or recipe.workload)
+        for row in recipe.rows
+        for _, chain in _lines(row)
+    )
     return list(dict.fromkeys(found))
 
 
@@ -89,7 +94,8 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
     points = []
     for row in recipe.rows:
         for series, chain in _lines(row):
-            found = select(metrics, kind="profile", suite=recipe.workload, model=row.model, chain=chain)
+            workload = row.workload or recipe.workload
+            found = select(metrics, kind="profile", suite=workload, model=row.model, chain=chain)
             found = [item for item in found if item["metric"] in QUANTITIES]
             for condition in sorted({tuple(item[key] for key in CONDITION) for item in found}, key=_order):
                 here = [item for item in found if tuple(item[key] for key in CONDITION) == condition]
@@ -168,10 +174,7 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     if not (points["latency"].notna() & points["throughput"].notna()).any():
-        oom = points[points["outcome"] == "oom"]
-        outcomes = set(points["outcome"]) - {"ok", "oom"}
-        reason = min(outcomes).partition(":")[2].strip() if outcomes else ""
-        style.say_empty(axes, "All points: out of memory" if len(oom) else _wrap(reason or "no results"))
+        style.say_empty(axes, _wrap(_why_empty(set(points["outcome"]))))
         return []
     labels, gaps = [], []
     for name, shade, line in _shaded(points):
@@ -255,6 +258,14 @@ def _most_wanted_first(labels: list[tuple]) -> list[tuple]:
     return [label[:5] for label in sorted(labels, key=lambda label: label[5])]
 
 
+def _why_empty(outcomes: set[str]) -> str:
+    if outcomes == {"oom"}:
+        return "All points: out of memory"
+    words = {"oom": "out of memory"}
+    reasons = sorted({words.get(one, one.partition(":")[2].strip().rstrip(".") or "no results") for one in outcomes})
+    return f"{'Several reasons: ' * (len(reasons) > 1)}{'; '.join(reasons) or 'no results'}"
+
+
 def _wrap(text: str) -> str:
     import textwrap
 
@@ -265,7 +276,8 @@ def _legend(points: DataFrame, row: str) -> list:
     from matplotlib.lines import Line2D
 
     handles = []
-    for name, shade, line in _shaded(points):
+    placed = points[points["throughput"].notna() | (points["outcome"] == "oom")]
+    for name, shade, line in _shaded(placed):
         colour, marker, size = SERIES[name]
         counts = line["parameters"].dropna()
         label = f"{row} (original)" if name == "Original" and row else name

@@ -133,7 +133,10 @@ def published(folder: Path) -> DataFrame:
 
 
 def draw(points: DataFrame, title: str, note: str = "") -> Figure:
-    """Draw both panels; a bar without a value is a gap marked OOM, faded bars come from an unreliable source."""
+    """Draw both panels; a bar without a value is a gap, marked OOM if memory ran out.
+
+    Faded bars come from an unreliable source.
+    """
     with style.styled():
         bars = int(points["panel"].value_counts().max()) if len(points) else 0
         figure = style.new_figure(max(8.6, 1.8 + 0.58 * bars), 2.9)
@@ -171,7 +174,8 @@ def _draw_bars(axes, points: DataFrame) -> None:
         for slot, row in enumerate(rows):
             x = position + (slot - (len(rows) - 1) / 2) * width
             if math.isnan(row["value"]):
-                style.mark_gap(axes, x)
+                if row["outcome"] == "oom":
+                    style.mark_gap(axes, x)
                 continue
             faded = str(row["certainty"]).startswith("unreliable")
             error = 0.0 if row["error"] is None or math.isnan(row["error"]) else row["error"]

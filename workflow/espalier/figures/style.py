@@ -33,6 +33,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#CC79A7",
 )
 GAP = "#B00020"  # the mark for "out of memory"
+# Outcomes whose reason stands in the footer, in the words for one and for several.
+WHY = {"unavailable": ("is unavailable", "are unavailable"), "failed": ("failed", "failed")}
 MUTED = "#555555"
 STYLE = {
     "font.family": ["DejaVu Sans"],
@@ -148,20 +150,25 @@ def footer_lines(points: DataFrame, known: Sequence[str], note: str = "", column
     """
     lines = [note] if note else []
     has_value = points[points["outcome"] == "ok"]
-    reasons = {
-        str(name): str(outcome).partition(":")[2].strip() or "no reason given"
-        for name, outcome in zip(points[column], points["outcome"], strict=True)
-        if str(outcome).startswith("unavailable")
-    }
-    present = set(points[column][~points["outcome"].astype(str).str.startswith(("unavailable", "missing"))])
-    absent = [name for name in known if name not in present and name not in reasons]
+    outcomes = points["outcome"].astype(str)
+    placed = points[~outcomes.str.startswith((*WHY, "missing"))]
+    present = set(placed[column])
+    reasons: dict[tuple, list[str]] = {}  # kind of outcome, whether of all points, reason → names
+    for name, outcome in zip(points[column], outcomes, strict=True):
+        kind, _, reason = outcome.partition(":")
+        if kind in WHY:
+            names = reasons.setdefault((kind, name in present, reason.strip().rstrip(".")), [])
+            names += [name] if name not in names else []
+    absent = [name for name in known if name not in {*present, *itertools.chain(*reasons.values())}]
     measured = bool((points["certainty"] == MEASURED).any()) or points.empty
     if absent:
         lines.append(f"No {'results in this study' if measured else 'published values'}: {', '.join(absent)}.")
-    lines += [f"{name} is unavailable: {reason.rstrip('.')}." for name, reason in reasons.items()]
+    for (kind, in_part, reason), names in reasons.items():
+        said = WHY[kind][len(names) > 1] + " in part" * in_part
+        lines.append(f"{', '.join(names)} {said}: {reason or 'no reason given'}.")
     if (points["outcome"] == "oom").any():
         lines.append("OOM: out of memory.")
-    devices = sorted(set(has_value["device"].dropna()) - {"", "GPU"})
+    devices = sorted(set(placed["device"].dropna()) - {"", "GPU"})
     if devices:
         lines.append(f"Device: {', '.join(device_name(device) for device in devices)}.")
     certainty = [str(value) for value in has_value["certainty"].dropna().unique() if value != MEASURED]

@@ -33,6 +33,7 @@ class Recipe:
     config: dict | None = None  # what a model's config.json would say: model_type, hidden_size …
     weights_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # in which weights are drawn and saved
     layers: int | None = None  # transformer blocks; by default as many as the shape or the config says
+    positions: int | None = None  # tokens that fit the context; by default as many as the shape or the config says
 
     def check(self) -> None:
         if (self.shape is None) == (self.config is None):
@@ -44,6 +45,8 @@ class Recipe:
             raise ValueError("'config' must say the 'model_type', such as llama.")
         if self.layers is not None and self.layers < 1:
             raise ValueError("'layers' must be at least 1.")
+        if self.positions is not None and self.positions < 1:
+            raise ValueError("'positions' must be at least 1.")
 
 
 def reads(recipe: Recipe) -> list[str]:
@@ -89,6 +92,8 @@ def skeleton(recipe: Recipe) -> tuple[PreTrainedModel, bool]:
     content |= {"bos_token_id": None, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
     if recipe.layers is not None:
         content["num_hidden_layers"] = recipe.layers
+    if recipe.positions is not None:
+        content["max_position_embeddings"] = recipe.positions
     try:
         config = AutoConfig.for_model(content.pop("model_type"), **content)
         if config.vocab_size < VOCABULARY:

@@ -2,39 +2,48 @@
 
 The protocol is Shortened LLaMA's (Kim et al. 2024, 2402.02834): one fixed prompt repeated over the batch, a forced
 output length, wall time around the whole call, so that reading the prompt is inside; throughput = batch · output /
-latency. Added to it: the time to the first token (a call that generates one token) and, from the difference of the two,
-the speed of decoding alone. Memory is measured in a run of its own, which also warms up. A shape for which memory runs
-out is a row with the outcome "oom", and so are the larger batches of that shape, untried.
+latency. Added to it: the moment of the first new token within the same call, which parts reading the prompt from
+decoding; medians and spread; CPU time and energy. Memory is measured in a run of its own, which also warms up. A shape
+for which memory runs out, or at which the engine fails, is a row without a value that says so.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
+import statistics
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from espalier import checkpoints, memory, plugins
+from espalier import engine_rows, neighbours, plugins
+from espalier.engine_process import Died, EngineProcess, Generated
+from espalier.engine_rows import Number, interquartile_range, mean, rate, row, weights_rows
 from espalier.measured import Measured
-from espalier.progress import progress
-from espalier.prompts import check_shapes, prompt
-
-if TYPE_CHECKING:
-    from espalier.checkpoints import Checkpoint
+from espalier.prompts import check_shapes
+from espalier.sweep import Shape, Sweep, check_engine
 
 TAKES = ("causal-lm",)
 TIMED = True  # so its jobs have the machine to themselves
-UNITS = {
-    "latency": "s",
-    "time_to_first_token": "s",
-    "throughput": "tokens/s",
-    "decode_throughput": "tokens/s",
-    "peak_allocated": "bytes",
-    "peak_reserved": "bytes",
-    "weights_allocated": "bytes",
-    "weights_allocated_after_forward": "bytes",
-    "weights_on_disk": "bytes",
+UNITS = engine_rows.UNITS
+NO_FIRST_TOKEN = "unavailable: this engine does not tell when the first token is there"
+PRESETS = {
+    # Kim et al. 2024 (2402.02834): 30 runs, of which the first 10 are discarded.
+    "shortened-llama": {
+        "input_tokens": [12, 82],
+        "output_tokens": [128, 512],
+        "batch_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 384],
+        "sampling": "top-k-top-p",
+        "warmup": 10,
+        "repeats": 20,
+    },
+    # Hong et al. 2023, Fig. 10: decoding at four context lengths; how many tokens it decodes is not said.
+    "flashdecoding": {
+        "input_tokens": [128, 1024, 8192, 32768],
+        "output_tokens": [33],
+        "batch_sizes": [1, 2, 4, 8],
+        "sampling": "greedy",
+    },
 }
 
 
@@ -44,16 +53,26 @@ class Recipe:
 
     input_tokens: list[int]  # lengths of the prompt
     output_tokens: list[int]  # numbers of new tokens
-    batch_sizes: list[int]  # rising: what follows one that memory does not hold is not tried
+    batch_sizes: list[int]  # prompts at once; what is larger than one that memory does not hold is not tried
     engine: str = "hf"  # a file of espalier/engines
-    sampling: Literal["greedy", "top-k-top-p"] = "greedy"  # top-k-top-p: k 50, p 0.95, as the paper has it
+    sampling: Literal["greedy", "top-k-top-p"] = "greedy"  # top-k-top-p: k 50, p 0.95, as Shortened LLaMA has it
     warmup: int = 1  # untimed runs of each shape; the first one measures the memory
     repeats: int = 5  # timed runs of each shape
+    limit: float = 1800.0  # seconds after which an engine that does not answer has failed
 
     def check(self) -> None:
         check_shapes(self.input_tokens, self.output_tokens, self.batch_sizes)
+        check_engine(self.engine, self.sampling, self.limit)
         if self.warmup < 1 or self.repeats < 1:
             raise ValueError("'warmup' and 'repeats' must be at least 1.")
+
+
+class Timed(NamedTuple):
+    """What came of one shape."""
+
+    peaks: dict[str, int]  # bytes, by memory.kinds
+    calls: list[Generated]  # without their tokens
+    beside: dict  # what neighbours.Watch found during the calls
 
 
 def uses(recipe: Recipe) -> list[str]:
@@ -61,144 +80,93 @@ def uses(recipe: Recipe) -> list[str]:
     return [plugins.module_name("engines", recipe.engine, "engine")]
 
 
-def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
-    """Return the rows of every shape, and every single timing in seconds."""
-    engine = plugins.load("engines", recipe.engine, "engine").Engine(device)
-    engine.load(checkpoint)
-    measurements = [
-        _row(engine.name, None, "weights_allocated", engine.allocated_bytes()),
-        _row(engine.name, None, "weights_on_disk", checkpoints.weight_bytes(checkpoint.folder)),
-    ]
-    rows, samples = measure_engine(engine, prompt(checkpoint, max(recipe.input_tokens), seed), recipe, seed)
-    return Measured(measurements + rows, samples)
+def measure(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str,
+    environment: Path | None,
+    start: Callable[..., EngineProcess] = EngineProcess,
+) -> Measured:
+    """Return the rows of every shape, and every sample of every timed call, of an engine in a process of its own.
 
-
-def measure_engine(
-    engine: Any, tokens: list[int], recipe: Recipe, seed: int, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[dict], dict]:
-    """Return rows and timings of a loaded engine, for every shape of the recipe with prompts that begin `tokens`."""
-    _seed(seed)
-    engine.generate([tokens[:1]], 2, recipe.sampling)  # what a library sets up once is not part of any shape
-    rows = [_row(engine.name, None, "weights_allocated_after_forward", engine.allocated_bytes())]
-    outputs = sorted({1, *recipe.output_tokens})
-    shapes = [(i, o, b) for i in recipe.input_tokens for o in outputs for b in sorted(recipe.batch_sizes)]
-    timings: dict[tuple, list[float] | None] = {}
-    peaks: dict[tuple, dict[str, int]] = {}
-    for shape in progress(shapes, f"generation with {engine.name}, shapes"):
-        length, output, batch = shape
-        # A batch that fits for no token more fits for none of a longer output.
-        smaller = [(length, o, b) for o in outputs for b in recipe.batch_sizes if o <= output and b <= batch]
-        failed = any(timings.get(other, ()) is None for other in smaller)
-        timings[shape] = None if failed else _run(engine, tokens, shape, recipe, clock, peaks)
-    for length in recipe.input_tokens:
-        for batch in recipe.batch_sizes:
-            first = timings[length, 1, batch]
-            rows.append(_timing_row(engine.name, (length, 1, batch), "time_to_first_token", first))
-            for output in recipe.output_tokens:
-                shape = (length, output, batch)
-                rows += _shape_rows(engine, shape, timings[shape], first, peaks.get(shape))
-    names = ("input_tokens", "output_tokens", "batch_size")
-    samples = [{**dict(zip(names, shape, strict=True)), "seconds": seconds} for shape, seconds in timings.items()]
-    return rows, {"timings": samples}
-
-
-def _run(engine, tokens: list[int], shape: tuple, recipe: Recipe, clock, peaks: dict) -> list[float] | None:
-    """Return the seconds of each timed run, or None where memory ran out; puts the peaks into `peaks`."""
-    length, output, batch = shape
-    prompts = [tokens[:length]] * batch
-
-    def runs() -> list[float]:
-        if output in recipe.output_tokens:
-            peaks[shape] = engine.peaks(prompts, output, recipe.sampling)
-        else:
-            engine.generate(prompts, output, recipe.sampling)
-        for _ in range(recipe.warmup - 1):
-            engine.generate(prompts, output, recipe.sampling)
-        seconds = []
-        for _ in range(recipe.repeats):
-            started = clock()
-            generated = engine.generate(prompts, output, recipe.sampling)
-            seconds.append(clock() - started)
-            if len(generated) != batch or any(len(row) != output for row in generated):
-                raise RuntimeError(f"the engine {engine.name} did not generate {batch} rows of {output} tokens")
-        return seconds
-
-    seconds, error = _attempt(runs)
-    if error is not None:
-        peaks.pop(shape, None)
-        _empty_cache()
-    return seconds
-
-
-def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    """Return (result, None), or (None, error) where memory ran out; any other error is raised."""
-    try:
-        return work(), None
-    except Exception as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        return None, error.with_traceback(None)  # the traceback would hold on to the tensors
-
-
-def _shape_rows(
-    engine: Any, shape: tuple, seconds: list[float] | None, first: list[float] | None, peaks: dict[str, int] | None
-) -> list[dict]:
-    name, (_, output, batch) = engine.name, shape
-    kinds = memory.kinds(engine.device)
-    rows = [_timing_row(name, shape, "latency", seconds)]
-    if seconds is None:
-        metrics = ["throughput", *(f"peak_{kind}" for kind in kinds)] + ["decode_throughput"] * (output > 1)
-        return rows + [_row(name, shape, metric, None, outcome="oom") for metric in metrics]
-    latency, error = mean_and_error(seconds)
-    rows.append(_rate_row(name, shape, "throughput", batch * output, latency, error, len(seconds)))
-    if output > 1:
-        first_latency, first_error = mean_and_error(first)
-        both = None if error is None else math.hypot(error, first_error)
-        tokens, duration = batch * (output - 1), latency - first_latency
-        rows.append(_rate_row(name, shape, "decode_throughput", tokens, duration, both, len(seconds)))
-    return rows + [_row(name, shape, f"peak_{kind}", peaks[kind]) for kind in kinds]
-
-
-def _timing_row(engine: str, shape: tuple, metric: str, seconds: list[float] | None) -> dict:
-    if seconds is None:
-        return _row(engine, shape, metric, None, outcome="oom")
-    value, error = mean_and_error(seconds)
-    return _row(engine, shape, metric, value, error, len(seconds))
-
-
-def _rate_row(engine: str, shape: tuple, metric: str, tokens: int, duration: float, error, count: int) -> dict:
-    """Return tokens / duration; its standard error is the duration's, to first order."""
-    if duration <= 0:
-        outcome = "unavailable: decoding is too short to be told from the noise of the timing"
-        return _row(engine, shape, metric, None, outcome=outcome)
-    rate = tokens / duration
-    return _row(engine, shape, metric, rate, None if error is None else rate * error / duration, count)
-
-
-def _row(engine: str, shape: tuple | None, metric: str, value, stderr=None, n=None, outcome: str = "ok") -> dict:
-    length, output, batch = shape or (None, None, None)
-    return {
-        **{"task": "generation", "metric": metric, "value": value, "stderr": stderr, "n": n, "unit": UNITS[metric]},
-        **{"engine": engine, "batch_size": batch, "input_tokens": length, "output_tokens": output, "outcome": outcome},
+    `device` may be auto; `environment` is the file about the engine's own Python, None if it has none. Raises UserError
+    for a checkpoint that is damaged; all else that goes wrong is the outcome of a row.
+    """
+    sweep = Sweep(recipe, folder, device=device, environment=environment, seed=seed, start=start)
+    watch = neighbours.Watch(device)
+    sweep.run(lambda worker, shape, prompts: _time(worker, shape, prompts, recipe, watch))
+    rows = weights_rows(sweep, folder)
+    for shape, outcome in sweep.outcomes.items():
+        numbers = _numbers(sweep.results[shape], shape) if outcome == "ok" else _gaps(outcome, shape, sweep.kinds)
+        rows += [row(sweep.engine, name, number, shape) for name, number in numbers.items()]
+    if sweep.results:
+        share = watch.cpu_of_others()
+        outcome = "unavailable: the calls are too short for it to be counted" if share is None else "ok"
+        rows.append(row(sweep.engine, "cpu_of_others", Number(share, outcome=outcome)))
+    samples = {
+        "timings": [_sample(shape, outcome, sweep.results.get(shape)) for shape, outcome in sweep.outcomes.items()],
+        "engine": sweep.details,
+        "shared_with": sorted(watch.jobs),
     }
+    for job in samples["shared_with"]:
+        print(f"warning: these times are not to be trusted: the same run was also at work on {job}", file=sys.stderr)
+    return Measured(rows, samples, sweep.checkpoint(), sweep.made_with())
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error (None for a single value)."""
-    count, mean = len(values), math.fsum(values) / len(values)
-    if count == 1:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+def _time(worker: EngineProcess, shape: Shape, prompts: list, recipe: Recipe, watch: neighbours.Watch) -> Timed:
+    asked = prompts, shape.output_tokens, recipe.sampling
+    peaks = worker.peaks(*asked)
+    for _ in range(recipe.warmup - 1):
+        worker.generate(*asked)
+    calls = []
+    with watch.during() as beside:
+        for _ in range(recipe.repeats):
+            call = worker.generate(*asked)
+            lengths = [len(tokens) for tokens in call.token_ids]
+            if lengths != [shape.output_tokens] * shape.batch_size:
+                raise Died(f"it did not generate {shape.output_tokens} tokens for each of {shape.batch_size} prompts")
+            calls.append(call._replace(token_ids=[]))
+    return Timed(peaks, calls, beside)
 
 
-def _seed(seed: int) -> None:
-    import torch
+def _numbers(timed: Timed, shape: Shape) -> dict[str, Number]:
+    """Return the numbers of a shape; a rate's standard error is that of its time, to first order (the delta method)."""
+    batch, output = shape.batch_size, shape.output_tokens
+    seconds = [call.seconds for call in timed.calls]
+    first = [call.first_token_seconds for call in timed.calls if call.first_token_seconds is not None]
+    found = {
+        "latency": mean(seconds),
+        "latency_median": Number(statistics.median(seconds), n=len(seconds)),
+        "latency_iqr": interquartile_range(seconds),
+        "throughput": rate(batch * output, seconds),
+        "cpu_time": mean([call.cpu_seconds for call in timed.calls]),
+    }
+    if len(first) == len(seconds):
+        found["time_to_first_token"] = mean(first)
+        decoding = [whole - until for whole, until in zip(seconds, first, strict=True)]
+        if output > 1:
+            known = statistics.mean(call.first_tokens for call in timed.calls)
+            found["decode_throughput"] = rate(batch * output - known, decoding)
+    else:
+        missing = ["time_to_first_token"] + ["decode_throughput"] * (output > 1)
+        found |= dict.fromkeys(missing, Number(None, outcome=NO_FIRST_TOKEN))
+    joules = [call.joules for call in timed.calls if call.joules is not None]
+    if joules:
+        found["energy_per_token"] = mean([one / (batch * output) for one in joules])
+    return found | {f"peak_{kind}": Number(size) for kind, size in timed.peaks.items()}
 
-    torch.manual_seed(seed)
+
+def _gaps(outcome: str, shape: Shape, kinds: Iterable[str]) -> dict[str, Number]:
+    names = ["latency", "latency_median", "latency_iqr", "time_to_first_token", "throughput", "cpu_time"]
+    names += ["decode_throughput"] * (shape.output_tokens > 1) + [f"peak_{kind}" for kind in kinds]
+    return dict.fromkeys(names, Number(None, outcome=outcome))
 
 
-def _empty_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _sample(shape: Shape, outcome: str, timed: Timed | None) -> dict:
+    sample = {**shape._asdict(), "outcome": outcome}
+    if timed is None:
+        return sample
+    names = ("seconds", "first_token_seconds", "first_tokens", "cpu_seconds", "joules")
+    return sample | {name: [getattr(call, name) for call in timed.calls] for name in names} | timed.beside

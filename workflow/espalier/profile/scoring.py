@@ -13,9 +13,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from espalier import checkpoints, harness_tasks, memory
+from espalier import checkpoints, cli, harness_tasks, memory, provenance
 from espalier.data import Dataset
 from espalier.errors import UserError
 from espalier.measured import Measured
@@ -23,8 +24,6 @@ from espalier.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from espalier.checkpoints import Checkpoint
 
 TAKES = ("causal-lm",)
 TIMED = True  # so its jobs have the machine to themselves
@@ -76,15 +75,22 @@ class Question(NamedTuple):
         return max(len(ids) for ids, _ in self.choices)
 
 
-def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
-    """Return mean time a question, tokens a second, peak memory a question; and every single timing and peak."""
+def measure(folder: Path, recipe: Recipe, *, seed: int, device: str, environment: None = None) -> Measured:
+    """Return mean time a question, tokens a second, peak memory a question; and every single timing and peak.
+
+    The model is loaded in this process, on `device`, which may be auto; no engine takes part that has an
+    environment of its own.
+    """
+    cli.import_lightly()
+    checkpoint = checkpoints.load(folder, device=device)
+    device = checkpoint.device
     rows = [
         _row("weights_allocated", memory.allocated_bytes(device)),
-        _row("weights_on_disk", checkpoints.weight_bytes(checkpoint.folder)),
+        _row("weights_on_disk", checkpoints.weight_bytes(folder)),
     ]
     questions = read_questions(recipe, checkpoint.tokenizer)
     measured, samples = measure_questions(questions, lambda one: score(checkpoint.model, one, device), recipe, device)
-    return Measured(rows + measured, samples)
+    return Measured(rows + measured, samples, checkpoint.info, provenance.made_with(device))
 
 
 def measure_questions(
