@@ -1,9 +1,12 @@
 # make demo    install, run the demo study, draw its charts       make test    install, run the tests
 # make lint    ruff, snakefmt, snakemake --lint                   make docs    write the reference of the config
 # make format  put the code into its format                       make clean   remove what the demo made
+# make demo-engines   the same measurement of six engines, on tiny models; large downloads on the first run
+# make test-engines   greedy tokens of vLLM and DeepSpeed, in what make demo-engines has built
 # make plan STUDY=config.yaml [PROFILE=slurm]   what a study will cost: jobs, hours, disk; nothing is run
 # make bench-prune   time and memory of every pruning method, as ratios to one forward pass of the calibration set
 # make bench-quantize   time and memory of quantized models, as ratios to float32 and bfloat16 ones
+# make bench-engines   decode speed of the engines, as ratios to HF and shares of the memory bandwidth's limit
 # make test-slurm    the tests on a real Slurm, which is started here, as root      make test-slurm-demo    the demo on it
 # make watch [STUDY=config.yaml]   which of a study's jobs run, wait and failed, from another shell
 
@@ -12,9 +15,10 @@ VENV := .venv
 STUDY ?= config.yaml
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := $(VENV)/.triton
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slurm test-slurm-demo watch plan check-demo bench-prune bench-quantize lint format docs clean install
+.PHONY: demo demo-engines test test-engines test-slurm test-slurm-demo watch plan check-demo bench-prune bench-quantize bench-engines lint format docs clean install
 
 demo: $(INSTALLED)
 	snakemake --cores all
@@ -28,9 +32,23 @@ demo: $(INSTALLED)
 	@echo "Report:"
 	@echo "  results/demo/report.html"
 
+demo-engines: $(INSTALLED)
+	snakemake --cores all --configfile studies/demo-engines.yaml
+	@echo "Writing the report ..."
+	@snakemake --configfile studies/demo-engines.yaml --report results/demo-engines/report.html --quiet all
+	@echo
+	@echo "Charts:"
+	@ls figures/demo-engines/*.png | sed 's/^/  /'
+	@echo "Report:"
+	@echo "  results/demo-engines/report.html"
+
 # Two processes, one thread each; a file's tests stay together, because they share what is slow to make.
-test: $(INSTALLED)
+test: $(INSTALLED) $(TRITON)
 	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
+
+# In the environments that make demo-engines has built; a test of one that is not there is skipped.
+test-engines: $(INSTALLED)
+	pytest -m engines tests/real_engines
 
 # Continuous integration runs the first of these marks alone (`pytest -m slurm`): the second one needs MariaDB.
 test-slurm: $(INSTALLED)
@@ -52,6 +70,9 @@ bench-prune: $(INSTALLED)
 
 bench-quantize: $(INSTALLED)
 	python tests/benchmarks/quantize.py
+
+bench-engines: $(INSTALLED)
+	python tests/benchmarks/engines.py
 
 # Nothing is installed here, because jobs may be running.
 watch:
@@ -84,4 +105,10 @@ $(INSTALLED): envs/main.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement envs/main.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --requirement envs/main-sdist.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The CUDA build of torch brings its own Triton. Without one, only the tests of the kernels need it (640 MB).
+$(TRITON): envs/triton.lock $(INSTALLED)
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement envs/triton.lock
 	touch $@
