@@ -196,3 +196,11 @@ def test_the_device_is_named_where_there_are_diamonds_and_no_bars():
     assert "Device: CPU." in text_of(engine_speedup.draw(points, "Title"))
     failed = points[points["series"] == "HF"]
     assert "Device" not in text_of(engine_speedup.draw(failed, "Title")), "nothing was measured on it"
+
+
+@pytest.mark.parametrize(("batches", "written"), [((1, 2), True), (tuple(range(1, 13)), False)])
+def test_numbers_above_the_baseline_only_where_they_cover_no_other_bar(batches, written):
+    rows = [decoding(name, batch, 8, 77.0) for batch in batches for name in ("hf", "ours")]
+    points = engine_speedup.measured(engine_recipe({"HF": "hf", "Ours": "ours"}), frame(rows))
+    text = text_of(engine_speedup.draw(points, "Title"))
+    assert ("77" in text) == ("Above the bars of HF: its tokens/s." in text) == written

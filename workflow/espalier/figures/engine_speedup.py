@@ -187,7 +187,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         known = [name for name in SERIES if name not in NOT_IN_THE_PAPER]
         footer = [*style.footer_lines(points, known, note), "Labels under the bars: context length in tokens."]
         baseline = points[(points["series"] == BASELINE) & points["throughput"].notna()]
-        if not all(_crowded(points[points["panel"] == name]) for name in baseline["panel"]):
+        if any(_has_numbers(points[points["panel"] == name]) for name in baseline["panel"]):
             footer.append(f"Above the bars of {BASELINE}: its tokens/s.")
         if (points["outcome"] == NO_BASELINE).any():
             footer.append("Where HF has no result there is no bar: a speed-up needs its baseline.")
@@ -215,6 +215,12 @@ def _clusters(points: DataFrame) -> list[tuple[int | None, int]]:
     return sorted({_condition(row) for row in placed}, key=lambda pair: (pair[0] or 0, pair[1]))
 
 
+def _has_numbers(points: DataFrame) -> bool:
+    """Whether a panel's bars are so wide, or the baseline's so much alone, that numbers above it cover nothing."""
+    bars = len(_present(points))
+    return (bars == 1 and not _crowded(points)) or bars * len(_clusters(points)) <= 16
+
+
 def _crowded(points: DataFrame) -> bool:
     """Return whether a panel has too many bars for numbers above them."""
     return len(_clusters(points)) * len(_present(points)) > 40
@@ -229,7 +235,7 @@ def _draw_panel(axes, points: DataFrame) -> None:
     # A gap of 0.6 clusters parts the batch sizes.
     centre = {pair: place + 0.6 * batches.index(pair[0]) for place, pair in enumerate(clusters)}
     width = 0.84 / max(len(present), 4 if len(clusters) < 3 else 2)
-    crowded = _crowded(points)
+    crowded, numbers = _crowded(points), _has_numbers(points)
     error_style = style.ERROR_BAR | {"capsize": 0 if crowded else 1.5, "elinewidth": 0.6}
     diamonds = []
     for row in points.dropna(subset=["input_tokens"]).to_dict("records"):
@@ -242,7 +248,7 @@ def _draw_panel(axes, points: DataFrame) -> None:
             error = row["speedup_error"] if row["speedup_error"] == row["speedup_error"] else None
             colour = SERIES[row["series"]]
             axes.bar(x, row["speedup"], width * 0.94, color=colour, yerr=error, error_kw=error_style)
-            if row["series"] == BASELINE and row["throughput"] == row["throughput"] and not crowded:
+            if row["series"] == BASELINE and row["throughput"] == row["throughput"] and numbers:
                 axes.text(
                     x, 1.03, f"{row['throughput']:.0f}", ha="center", va="bottom", fontsize=6.5, color=style.MUTED
                 )
