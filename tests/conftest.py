@@ -1,4 +1,4 @@
-"""Fixtures: the demo's config, and a copy of the project to edit."""
+"""Fixtures: the demo's config, a tiny model, and a copy of the project to edit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
+
+import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +22,19 @@ ROOT = Path(__file__).parents[1]
 def demo_config() -> dict:
     """The demo study's config, as a fresh mapping to change."""
     return yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def kept_environment():
+    """Take back the settings that an engine makes for its library."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A checkpoint of a tiny Llama, to be left as it is."""
+    return tiny.llama(tmp_path_factory.mktemp("tiny") / "llama")
 
 
 def copy_project(target: Path) -> Path:

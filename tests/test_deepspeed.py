@@ -5,29 +5,16 @@ The real one runs in tests/real_engines.
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 
-import tiny
 from engine_stand_ins import OUTPUT, PROMPTS, generate, install, load
 from espalier import checkpoints
 from espalier.engines import deepspeed
 from espalier.worker import Unavailable
 
-
-@pytest.fixture(autouse=True)
-def kept_environment():
-    """Take back the settings that an engine makes for its library."""
-    with mock.patch.dict(os.environ):
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.llama(tmp_path_factory.mktemp("engines") / "llama")
+pytestmark = pytest.mark.usefixtures("kept_environment")
 
 
 @pytest.fixture
