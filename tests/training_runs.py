@@ -60,7 +60,7 @@ def recipe(method: str, dataset: dict, **options) -> dict:
 
 
 def arguments(parent: Path, recipe: dict, folder: Path, *more: str) -> list[str]:
-    """Return arguments of tune_model.py: `parent` is tuned into `folder`/model, its state in `folder`/state."""
+    """Return arguments of tune_model.py, and quantize_model.py: from `parent` to `folder`/model, by `folder`/state."""
     given = {
         "--parent": parent,
         "--recipe": json.dumps(recipe),
@@ -77,16 +77,27 @@ def arguments(parent: Path, recipe: dict, folder: Path, *more: str) -> list[str]
     return [*(str(word) for pair in given.items() for word in pair), *more]
 
 
-def start(words: list[str], log: Path, place: dict[str, str] | None = None, kill: tuple | None = None):
-    """Start tune_model.py with these arguments; `kill` is ("during" | "after", n): SIGKILL at its nth saved state."""
+def start(
+    words: list[str],
+    log: Path,
+    place: dict[str, str] | None = None,
+    kill: tuple | None = None,
+    script: Path = SCRIPT,
+):
+    """Start tune_model.py, or another script, with these arguments.
+
+    `kill` is ("during" | "after", n): SIGKILL at its nth saved state; or ("asked", n): SIGTERM after it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = SERVER.Process(target=_run, args=(words, str(log), place or {}, kill))
+    process = SERVER.Process(target=_run, args=(words, str(log), place or {}, kill, str(script)))
     process.start()
     return process
 
 
-def run(words: list[str], log: Path, processes: int = 1, kill: tuple | None = None) -> tuple[int, str]:
-    """Run tune_model.py to its end, in one process or several; return the exit status and what it said."""
+def run(
+    words: list[str], log: Path, processes: int = 1, kill: tuple | None = None, script: Path = SCRIPT
+) -> tuple[int, str]:
+    """Run tune_model.py, or another script, to its end, in one process or several; return its exit status and words."""
     import socket
 
     with socket.socket() as free:
@@ -97,7 +108,7 @@ def run(words: list[str], log: Path, processes: int = 1, kill: tuple | None = No
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         places = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     logs = [log.with_name(f"{log.name}.{i}") for i in range(len(places))]
-    running = [start(words, one, place, kill) for one, place in zip(logs, places, strict=True)]
+    running = [start(words, one, place, kill, script) for one, place in zip(logs, places, strict=True)]
     for one in running:
         one.join(120)
         one.kill()
@@ -112,7 +123,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model/model.safetensors").read_bytes()
 
 
-def _run(words: list[str], log: str, place: dict[str, str], kill: tuple | None) -> None:
+def _run(words: list[str], log: str, place: dict[str, str], kill: tuple | None, script: str) -> None:
     import torch
 
     from espalier.training_state import Saving
@@ -134,8 +145,8 @@ def _run(words: list[str], log: str, place: dict[str, str], kill: tuple | None) 
                 torch.save = half
             whole(self, *state)
             if now:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGTERM if moment == "asked" else signal.SIGKILL)
 
         Saving.write = killed
-    sys.argv = [str(SCRIPT), *words]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import logging
 import os
@@ -22,6 +24,8 @@ ENVIRONMENT = {
 }
 # They report, in every process, kernels that this machine does not need, and at every product that it casts its input.
 CHATTERERS = ("torchao", "torch.utils._pytree", "bitsandbytes.autograd._functions")
+# What every job with a model needs of transformers; they import torch, and much else.
+NEEDED = ("transformers.modeling_utils", "transformers.models.auto.tokenization_auto")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -45,6 +49,12 @@ def add_recipe(parser: argparse.ArgumentParser, kind: str) -> None:
         "--recipe", type=mapping, required=True, help=f'JSON, or a JSON file: {{"{kind}": METHOD, its recipe\'s keys}}'
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+
+
+def add_state(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a training that goes on where it was stopped."""
+    parser.add_argument("--state", type=Path, help="folder of the training's state, deleted at the end")
+    parser.add_argument("--save-every", type=float, default=600.0, help="seconds between two saved states")
 
 
 def mapping(text: str) -> dict:
@@ -77,6 +87,8 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        gc.freeze()  # else Python ends by looking for cycles in all that was imported: 1 s
 
 
 def prepare() -> None:
@@ -88,11 +100,22 @@ def prepare() -> None:
 
 
 def import_lightly() -> None:
-    """Have transformers do without libraries that no method here needs: 1.6 of 4 s before a model is loaded.
+    """Import torch and transformers, if they are not there yet, in half the time that this usually takes.
 
-    They are imported for assisted decoding, for object detection, and for a quantization format.
+    Transformers does without libraries that no method here needs, which it would import for assisted decoding, for
+    object detection, and for a quantization format. Python's garbage collector waits, and never looks at what was
+    imported. `memory.allocated_bytes` asks it for all tensors: so this comes before there are any.
     """
-    import transformers.utils
+    if NEEDED[0] in sys.modules:
+        return
+    gc.disable()
+    try:
+        import transformers.utils
 
-    for name in ("is_sklearn_available", "is_scipy_available", "is_torchao_available"):
-        setattr(transformers.utils, name, lambda: False)
+        for name in ("is_sklearn_available", "is_scipy_available", "is_torchao_available"):
+            setattr(transformers.utils, name, lambda: False)
+        for name in NEEDED:
+            importlib.import_module(name)
+        gc.freeze()
+    finally:
+        gc.enable()

@@ -18,11 +18,12 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import checkpoints, parallel
+from espalier import checkpoints, parallel, plugins, provenance
 from espalier.errors import UserError
 from espalier.files import whole_file
 
 if TYPE_CHECKING:
+    import argparse
     from types import TracebackType
 
     import torch
@@ -117,6 +118,20 @@ class Saving:
             f"Stopped by SIGTERM after step {step} of {steps}; the state is saved in {self.file}, and the same command"
             " goes on from there."
         )
+
+
+def of_job(kind: str, arguments: argparse.Namespace, script: Path) -> Saving:
+    """Return where the job of a script, a `kind` of step, saves its training, by its command's arguments."""
+    module = plugins.module_name(kind, arguments.recipe.get(kind), "--recipe")
+    key = {
+        "recipe": digest(arguments.recipe),
+        "seed": str(arguments.seed),
+        "code": provenance.code_version(script, [module]),
+        "parent": digest_of_weights(arguments.parent),
+        "packages": digest(provenance.packages()),
+        "device": checkpoints.pick_device(arguments.device),
+    }
+    return Saving(arguments.state, arguments.save_every, key)
 
 
 def save(

@@ -75,12 +75,12 @@ class Worker:
         return {"packages": self._packages()}
 
     def load(self, load: dict, random: dict | None = None) -> dict:
+        if not hasattr(self.module, "ENVIRONMENTS"):  # there an engine's libraries may need what is left out
+            cli.import_lightly()
         import torch
 
         device = checkpoints.pick_device(load["device"])
         self.module.probe(device)
-        if not hasattr(self.module, "ENVIRONMENTS"):  # in an engine's own environment its libraries may need them
-            cli.import_lightly()
         torch.set_num_threads(load["threads"])
         torch.manual_seed(load["seed"])
         with tempfile.TemporaryDirectory(prefix="espalier-random-") as temporary:
@@ -199,6 +199,7 @@ def main() -> None:
     cli.prepare()
     (name,) = sys.argv[1:]
     serve(name, sys.stdin, answers)
+    gc.freeze()  # as in cli.run
 
 
 def _end_first() -> None:

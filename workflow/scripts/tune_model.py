@@ -10,13 +10,11 @@ from what was saved, to the same result. --processes 4 trains on four GPUs, or i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
 
-from espalier import checkpoints, cli, jobs, parallel, plugins, provenance
-from espalier.training_state import Saving, digest, digest_of_weights
+from espalier import checkpoints, cli, jobs, parallel, training_state
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,8 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_recipe(parser, "tune")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--step", type=Path, required=True, help="JSON file to write: what was done")
-    parser.add_argument("--state", type=Path, help="folder of the training's state, deleted at the end")
-    parser.add_argument("--save-every", type=float, default=600.0, help="seconds between two saved states")
+    cli.add_state(parser)
     parser.add_argument("--processes", type=int, default=1, help="processes that share the training, a GPU each")
     cli.add_identity(parser)
     argv = sys.argv[1:] if argv is None else argv
@@ -38,26 +35,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.group(checkpoints.pick_device(arguments.device)))
-        saving = stack.enter_context(_saving(arguments)) if arguments.state else None
+        saving = training_state.of_job("tune", arguments, Path(__file__)) if arguments.state else None
+        if saving:
+            stack.enter_context(saving)
         if parallel.rank() > 0:
             jobs.assist("tune", arguments, saving=saving)
             return
         jobs.step("tune", arguments, Path(__file__), saving=saving)
         if saving:
             saving.remove()
-
-
-def _saving(arguments: argparse.Namespace) -> Saving:
-    module = plugins.module_name("tune", arguments.recipe.get("tune"), "--recipe")
-    key = {
-        "recipe": digest(arguments.recipe),
-        "seed": str(arguments.seed),
-        "code": provenance.code_version(Path(__file__), [module]),
-        "parent": digest_of_weights(arguments.parent),
-        "packages": digest(provenance.packages()),
-        "device": checkpoints.pick_device(arguments.device),
-    }
-    return Saving(arguments.state, arguments.save_every, key)
 
 
 if __name__ == "__main__":
