@@ -5,6 +5,8 @@ system's (flock), which ends with the process that holds it. Whoever gets it set
 planned: processes of local jobs are ended, jobs that wait in Slurm's queue are cancelled, and jobs that run there are
 waited for, since they make what this run needs. So that their work counts, a job records itself what it was made with;
 Snakemake leaves that to the main process, which is the one that was killed.
+
+A run some of whose jobs failed ends with early charts, of the results that are there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING
 from espalier import preflight, slurm_queue, watching
 from espalier.errors import UserError
 from espalier.neighbours import MARK
-from espalier.study import Study
+from espalier.study import SCRIPTS, Study
 
 if TYPE_CHECKING:
     from snakemake.workflow import Workflow
@@ -72,7 +74,12 @@ def guard(workflow: Workflow, study: Study) -> None:
                     executor_settings.jobname_prefix = slurm_prefix(study.name)
                     slurm_queue.notice_cancelled()
                 watching.record(study.root / watching.EVENTS)
-                return go_on()
+                try:
+                    return go_on()
+                except WorkflowError:
+                    if workflow.scheduler and workflow.scheduler.failed and not workflow.touch:
+                        _draw_early(workflow.config, study)
+                    raise
         except UserError as error:
             sys.tracebacklimit = 0  # Snakemake prints where it was raised, which is of no use
             raise WorkflowError(str(error)) from None
@@ -189,6 +196,26 @@ def settle_queue(prefix: str, folder: Path) -> bool:
             )
             said |= running
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _draw_early(mapping: dict, study: Study) -> None:
+    """Draw the charts that lack results and say so; `mapping` is the config. What goes wrong here is only told.
+
+    In a process of its own: neither pandas and matplotlib nor an error of a chart belongs into this one.
+    """
+    results = (result for figure in study.resolved.figures for result in study.figure_results(figure))
+    if not any(map(os.path.exists, results)):
+        return
+    command = [sys.executable, str(SCRIPTS / "draw_early_figures.py"), "--configfile", "-"]
+    try:
+        given = json.dumps(mapping, default=str)
+        run = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    except (OSError, KeyboardInterrupt) as error:
+        _say(f"Early charts were not drawn: {error or 'interrupted'}.")
+        return
+    errors = [line for line in run.stderr.splitlines() if line.strip()][-1:] if run.returncode else []
+    for line in [*run.stdout.splitlines(), *errors]:
+        _say(line)
 
 
 def _record_in_job(workflow: Workflow) -> None:

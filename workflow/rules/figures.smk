@@ -2,6 +2,9 @@
 
 In:  raw results, reference/papers/
 Out: figures/{study}/{figure}.{pdf,svg,png,csv}  figures/reference/{figure}.{pdf,svg,png,csv}
+
+Charts that lack results are in figures/{study}/early/. No rule draws them: a run some of whose jobs failed does at its
+end (takeover.py), and draw_figure takes an early chart away when it has drawn the complete one.
 """
 
 import glob

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from espalier import cli, plugins, tables
-from espalier.errors import UserError
-from espalier.files import whole_file
-from espalier.recipes import build
+from espalier import cli, drawing, plugins, tables
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,22 +20,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="raw results (JSON)")
     parser.add_argument("--output", type=Path, required=True, help="path to write to, without a suffix")
     arguments = parser.parse_args(argv)
-    module = plugins.load("figures", arguments.figure)
-    from espalier.figures import style
-
     if arguments.published:
+        module = plugins.load("figures", arguments.figure)
         points, title = module.published(arguments.published), module.PUBLISHED_TITLE
     else:
-        content = {key: value for key, value in arguments.recipe.items() if key != "figures"}
-        recipe = build(module.Recipe, content, f"figures.{arguments.figure}")
         results = [tables.read(path) for path in arguments.results]
-        points = module.measured(recipe, results if getattr(module, "SAMPLES", False) else tables.frame(results))
-        title = recipe.title
-    if points.empty:
-        raise UserError(f"There is nothing to draw in {arguments.figure}: no result matches its recipe.")
-    style.save(module.draw(points, title), arguments.output)
-    with whole_file(arguments.output.with_suffix(".csv")) as partial:
-        points.to_csv(partial, index=False)
+        points, title = drawing.measured(arguments.figure, arguments.recipe, results)
+    drawing.save(arguments.figure, points, title, arguments.output)
+    drawing.remove_early(arguments.output)
 
 
 if __name__ == "__main__":

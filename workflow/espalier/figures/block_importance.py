@@ -55,14 +55,21 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def measured(recipe: Recipe, results: list[dict]) -> DataFrame:
-    """Return one point a panel, seed and block, from the raw results of the steps."""
+    """Return one point a panel, seed and block, from the raw results of the steps; one without block is missing."""
     import pandas as pd
 
-    points = []
+    points, found = [], {}
+    for result in results:
+        identity = result["identity"]
+        if identity["model"] == recipe.model:
+            found[identity["chain"], identity["seed"]] = result
     for panel, chain in recipe.panels.items():
-        for result in results:
-            if (result["identity"]["model"], result["identity"]["chain"]) == (recipe.model, chain):
-                points += _points(panel, result)
+        for seed in sorted({seed for _, seed in found}):
+            if (chain, seed) in found:
+                points += _points(panel, found[chain, seed])
+            else:
+                about = {"panel": panel, "chain": chain, "seed": seed, "outcome": style.MISSING}
+                points.append(about | {"certainty": MEASURED})
     return pd.DataFrame(points, columns=list(COLUMNS))
 
 
@@ -109,7 +116,10 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         seeds = points["seed"].nunique() > 1
         for place, ((panel, seed), found) in zip(axes, panels, strict=False):
-            _draw_panel(place, found, blocks)
+            if found["block"].isna().all():
+                style.say_empty(place, "No result")
+            else:
+                _draw_panel(place, found, blocks)
             place.set_title(f"{panel}, seed {seed}" if seeds else panel)
         for place in axes[len(panels) :]:
             style.say_empty(place, "" if panels else "No results in this study")

@@ -93,7 +93,8 @@ def needs(recipe: Recipe) -> list[Need]:
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
     """Return one point a panel, series and condition: tokens per second, and their ratio to HF's at the same condition.
 
-    Without HF's number at a condition there is no ratio: `speedup` is empty and the outcome says so.
+    Without HF's number at a condition there is no ratio: `speedup` is empty and the outcome says so. An engine without
+    its result is one point without a condition.
     """
     import pandas as pd
 
@@ -116,7 +117,7 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
         }
         baseline = {key: over_seeds(rows, where) for key, rows in found.get(BASELINE, {}).items()}
         for series, conditions in found.items():
-            for condition, rows in conditions.items():
+            for condition, rows in (conditions or {(None, None): []}).items():
                 throughput = over_seeds(rows, where)
                 speedup = _ratio(throughput, baseline.get(condition), series == BASELINE)
                 points.append(
@@ -173,8 +174,8 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         figure = style.new_figure(max(5.6, across * width), 2.3 * down)
         grid = figure.subplots(down, across, squeeze=False).ravel()
         for axes, name in zip(grid, names, strict=False):
-            _draw_panel(axes, points[points["panel"] == name])
             axes.set_title(name)
+            _draw_panel(axes, points[points["panel"] == name])
         for axes in grid[len(names) :]:
             axes.set_visible(False)
         drawn = [name for name in SERIES if name in _present(points)]
@@ -231,6 +232,7 @@ def _draw_panel(axes, points: DataFrame) -> None:
     if not clusters or not present:
         style.say_empty(axes, "No results")
         return
+    style.say_lacking(axes, style.lacking(points, lambda row: row["series"]))
     batches = list(dict.fromkeys(batch for batch, _ in clusters))
     # A gap of 0.6 clusters parts the batch sizes.
     centre = {pair: place + 0.6 * batches.index(pair[0]) for place, pair in enumerate(clusters)}
@@ -243,7 +245,7 @@ def _draw_panel(axes, points: DataFrame) -> None:
             continue
         x = centre[_condition(row)] + (present.index(row["series"]) - (len(present) - 1) / 2) * width
         if row["outcome"] == "oom":
-            style.mark_gap(axes, x, fontsize=5 if crowded else 6)
+            style.mark_gap(axes, x, row["outcome"], fontsize=5 if crowded else 6)
         elif row["speedup"] == row["speedup"] and row["speedup"] is not None:
             error = row["speedup_error"] if row["speedup_error"] == row["speedup_error"] else None
             colour = SERIES[row["series"]]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espalier.errors import UserError
 from espalier.figures import (
     ESTIMATE_COLUMNS,
     ORIGIN_COLUMNS,
@@ -69,23 +70,38 @@ class Recipe:
     """What the chart plots: for each task its suite, the teacher's chain, and each student's chain."""
 
     title: str  # stands above the chart
-    model: str  # name of an encoder
+    model: str | dict[str, str]  # name of an encoder; or, where each task has a teacher of its own, task → model
     suite: dict[str, str]  # task → suite
     teacher: dict[str, str]  # task → chain
     students: dict[str, dict[int | str, dict[str, str]]] = field(default_factory=dict)  # budget → bits → task → chain
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """Return the raw results that the chart plots; raises UserError for an unknown budget or task, or without suite."""
+    """Return the raw results that the chart plots.
+
+    Raises UserError for an unknown budget or task, and for a task without a suite or a model.
+    """
     where = f"figure '{recipe.title}'"
     check_names(recipe.students, BUDGETS, f"{where}, students")
     check_names(recipe.suite, SCORES, f"{where}, suite")
+    if isinstance(recipe.model, dict):
+        check_names(recipe.model, SCORES, f"{where}, model")
+    for budget, by_bits in recipe.students.items():
+        for bits in by_bits:
+            if not str(bits).isdigit():
+                raise UserError(f"{where}, students.{budget}: '{bits}' is not a number of bits, such as 2.")
     found = []
     for series, bits, chains in _variants(recipe):
         check_names(chains, SCORES, f"{where}, {series} at {bits} bits")
         check_names(chains, recipe.suite, f"{where}, {series} at {bits} bits, a task without an entry under suite")
-        found += [Need(recipe.model, chain, "evaluate", recipe.suite[task]) for task, chain in chains.items()]
+        if isinstance(recipe.model, dict):
+            check_names(chains, recipe.model, f"{where}, {series} at {bits} bits, a task without an entry under model")
+        found += [Need(_model(recipe, task), chain, "evaluate", recipe.suite[task]) for task, chain in chains.items()]
     return list(dict.fromkeys(found))
+
+
+def _model(recipe: Recipe, task: str) -> str:
+    return recipe.model[task] if isinstance(recipe.model, dict) else recipe.model
 
 
 def _variants(recipe: Recipe) -> list[tuple[str, int, dict[str, str]]]:
@@ -100,6 +116,8 @@ def _variants(recipe: Recipe) -> list[tuple[str, int, dict[str, str]]]:
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
     """Return one point a panel, series and bit width, times 100; an average without all tasks names what it lacks.
 
+    A point without its result is "missing".
+
     Standard errors: two metrics of one task share their questions, so their errors are averaged as if they moved
     together (the cautious choice); the tasks of the average are independent.
     """
@@ -109,23 +127,39 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
     points = []
     for series, bits, chains in _variants(recipe):
         rows = {
-            task: select(metrics, kind="evaluate", model=recipe.model, chain=chain, suite=recipe.suite[task])
+            task: select(metrics, kind="evaluate", model=_model(recipe, task), chain=chain, suite=recipe.suite[task])
             for task, chain in chains.items()
         }
+        _check_bits(series, bits, rows)
         for panel, (task, item, label) in PANELS.items():
-            here = [row for found in rows.values() for row in found] if task is None else rows.get(task, [])
-            if not here:
+            if not (chains if task is None else task in chains):
                 continue
+            here = [row for found in rows.values() for row in found] if task is None else rows[task]
             if task is None:
                 estimate, chain = _average(rows), ""
+            elif not here:
+                estimate, chain = Estimate(outcome=style.MISSING), chains[task]
             else:
                 of_item = [row for row in here if (row["task"], row["metric"]) == item]
                 # A run that failed as a whole has one row without a metric: its outcome stands for all.
-                estimate = over_seeds(of_item, panel) if of_item else Estimate(outcome=here[0]["outcome"] or "missing")
+                estimate = (
+                    over_seeds(of_item, panel) if of_item else Estimate(outcome=here[0]["outcome"] or style.MISSING)
+                )
                 chain = chains[task]
             about = {"panel": panel, "metric": label, "series": series, "bits": bits, "chain": chain}
             points.append(about | estimate.scaled(100).columns() | origin(here))
     return pd.DataFrame(points, columns=list(COLUMNS))
+
+
+def _check_bits(series: str, bits: int, rows: Mapping[str, list[dict]]) -> None:
+    """Refuse a student that the recipe plots at another number of bits than its weights have."""
+    for task, found in rows.items() if series != TEACHER else ():
+        for row in found:
+            if row["bits"] not in (None, bits):
+                raise UserError(
+                    f"figures.glue_bits: students.{series}.{bits}.{task}: '{row['chain']}' has weights of"
+                    f" {row['bits']:g} bits, not {bits}."
+                )
 
 
 def _average(rows: Mapping[str, list[dict]]):
@@ -173,7 +207,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         expected = {(str(row["series"]), int(row["bits"])) for row in points.to_dict("records")}
         for axes, panel in zip(grid, PANELS, strict=True):
             _draw_panel(axes, points[points["panel"] == panel], panel, bits, expected)
-        drawn = [name for name in SERIES if name in set(points["series"])]
+        drawn = [name for name in SERIES if name in set(style.having_place(points)["series"])]
         footer = style.footer_lines(points, list(SERIES), note)
         if points["error"].notna().any():
             footer.append("Error bars: one standard error (sampling of questions, and spread over seeds).")
@@ -193,9 +227,10 @@ def _draw_panel(axes, points: DataFrame, panel: str, bits: list[int], expected: 
     axes.grid(axis="y")
     teacher = good[(good["series"] == TEACHER) & (good["bits"] == 32)]
     for name, (colour, line, marker) in SERIES.items():
-        own = good[good["series"] == name].sort_values("bits", ascending=False)
-        if own.empty:
+        own = points[points["series"] == name].sort_values("bits", ascending=False)
+        if own["value"].isna().all():
             continue
+        # A point without a value breaks the line.
         x, y = [place[int(value)] for value in own["bits"]], list(own["value"])
         error = own["error"].astype("float64").fillna(0)
         size = 6.5 if name == TEACHER else 5
@@ -219,11 +254,17 @@ def _draw_panel(axes, points: DataFrame, panel: str, bits: list[int], expected: 
     axes.set(xlabel="bit", ylabel=PANELS[panel][2], xlim=(-0.35, len(bits) - 0.65))
     axes.margins(y=0.14)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=4))
-    present = set(zip(good["series"], good["bits"].astype(int), strict=True))
+    said = points[points["value"].notna() | points["outcome"].astype(str).str.startswith(style.MISSING)]
+    present = set(zip(said["series"], said["bits"].astype(int), strict=True))
     absent = sorted(expected - present, key=lambda item: (list(SERIES).index(item[0]), -item[1]))
-    if absent:
-        text = "\n".join(f"no {name}{'' if name == TEACHER else f' {value}-bit'}" for name, value in absent)
-        axes.text(0.03, 0.03, text, transform=axes.transAxes, fontsize=6.5, color=style.MUTED, va="bottom")
+    names = [_name({"series": name, "bits": value}) for name, value in absent]
+    style.say_lacking(axes, style.lacking(points, _name, names))
+
+
+def _name(row: dict) -> str:
+    name = TEACHER if row["series"] == TEACHER else f"{row['series']} {int(row['bits'])}-bit"
+    _, _, tasks = str(row.get("outcome", "")).partition(f"{style.MISSING}: ")
+    return f"{name} (without {tasks})" if tasks else name
 
 
 def _why_empty(points: DataFrame, panel: str) -> str:

@@ -87,7 +87,10 @@ def _lines(row: Row) -> list[tuple[str, str]]:
 
 
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
-    """Return one point a row, series and condition: latency in seconds, throughput in tokens per second."""
+    """Return one point a row, series and condition: latency in seconds, throughput in tokens per second.
+
+    A line without its result is one point without a condition.
+    """
     import pandas as pd
 
     needs(recipe)
@@ -97,7 +100,8 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
             workload = row.workload or recipe.workload
             found = select(metrics, kind="profile", suite=workload, model=row.model, chain=chain)
             found = [item for item in found if item["metric"] in QUANTITIES]
-            for condition in sorted({tuple(item[key] for key in CONDITION) for item in found}, key=_order):
+            conditions = {tuple(item[key] for key in CONDITION) for item in found} or {(None, None, None)}
+            for condition in sorted(conditions, key=_order):
                 here = [item for item in found if tuple(item[key] for key in CONDITION) == condition]
                 where = f"figure '{recipe.title}', row '{row.title}'"
                 latency, throughput = (
@@ -147,9 +151,11 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
             here = points[points["row"] == row]
             grid = part.subplots(1, len(panels), squeeze=False)[0]
             for axes, (output, given) in zip(grid, panels, strict=True):
-                of_panel = here[(here["output_tokens"] == output) & (here["input_tokens"] == given)]
-                wanted += _draw_panel(axes, of_panel, limits)
+                inside = (here["output_tokens"] == output) & (here["input_tokens"] == given)
+                wanted += _draw_panel(axes, here[inside], limits)
                 axes.set_title(f"{given} Input Tokens, {output} Output Tokens" if output else "")
+                if axes.lines:
+                    style.say_lacking(axes, style.lacking(here[inside | here["input_tokens"].isna()], _name))
             first = next((axes for axes in grid if axes.lines), None)
             if first is not None:
                 first.set_ylabel("Throughput (tokens/s)")
@@ -162,6 +168,13 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         style.frame(figure, title, (), footer)
         style.label_sparsely(figure, _most_wanted_first(wanted))
     return figure
+
+
+def _name(row: dict) -> str:
+    size = row["parameters"]
+    if size is None or size != size:
+        return f"{row['series']} ({row['chain']})"
+    return f"{row['series']} {style.parameters_label(size)}"
 
 
 def _limits(points: DataFrame) -> tuple[float, float] | None:

@@ -100,10 +100,12 @@ def measured(recipe: Recipe, results: list[dict]) -> DataFrame:
     first = dict.fromkeys(chains(recipe), lines[0]["versus"] if lines else "")
     tests, parents = tests_against(lines, first), tests_against(lines, made_from(recipe))
     points = []
-    for name, (of_row, rows) in estimates(recipe, tables.frame(results)).items():
+    found = estimates(recipe, tables.frame(results))
+    for name in chains(recipe):
+        of_row, rows = found.get(name, (dict.fromkeys(KEYS, Estimate(outcome=style.MISSING)), []))
         bits = {row["bits"] for row in rows if row.get("bits") is not None}
         about = {
-            "arithmetic": " + ".join(sorted({row["arithmetic"] for row in rows})),
+            "arithmetic": " + ".join(sorted({row["arithmetic"] for row in rows})) or None,
             "chain": chains(recipe)[name],
             "bits": bits.pop() if len(bits) == 1 else None,
         } | origin(rows)
@@ -183,16 +185,18 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         devices = sorted(set(points["device"].dropna()) - {""})
         names = dict(zip(KEYS, _axis_names(devices), strict=True))
         for axes, key in zip(grid, KEYS, strict=True):
-            of_key = {row["row"]: row for row in points[points["quantity"] == key].to_dict("records")}
+            here = points[points["quantity"] == key]
+            of_key = {row["row"]: row for row in here.to_dict("records")}
             (_draw_dots if key == "accuracy" else _draw_bars)(axes, [of_key.get(name) for name in order])
             if key == "accuracy" and other in of_key:
                 _draw_band(axes, of_key[other])
             axes.set_title(names[key])
+            style.say_lacking(axes, style.lacking(style.having_place(here), lambda row: row["row"]))
         said = [word for word in ARITHMETIC if points["arithmetic"].str.contains(word, na=False).any()]
         if order:
             words = points.drop_duplicates("row").set_index("row")["arithmetic"].dropna()
             _name_rows(grid[0], order, [words.get(name, "") for name in order])
-        families = [family for family in FAMILIES if family in set(points["family"])]
+        families = [family for family in FAMILIES if family in set(style.having_place(points)["family"])]
         handles = [Patch(facecolor=FAMILIES[family], label=family) for family in families]
         if "simulated" in said:
             handles.append(Patch(facecolor="white", edgecolor="#333333", hatch="////", label="simulated arithmetic"))
@@ -304,8 +308,8 @@ def _write(axes: Axes, text: str, right: float, place: int) -> None:
 
 
 def _draw_gap(axes: Axes, place: int, row: dict | None) -> None:
-    if row is not None and row["outcome"] == "oom":
-        style.mark_gap(axes, place, horizontal=True)
+    if row is not None:
+        style.mark_gap(axes, place, row["outcome"], horizontal=True)
 
 
 def _simulated(row: dict) -> bool:

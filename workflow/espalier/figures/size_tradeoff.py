@@ -15,6 +15,7 @@ from espalier.errors import UserError
 from espalier.figures import (
     ESTIMATE_COLUMNS,
     ORIGIN_COLUMNS,
+    Estimate,
     Need,
     check_names,
     mean_over_tasks,
@@ -40,6 +41,7 @@ SERIES = {
     "Original + GPTQ": "#8C8C8C",
 }
 NEAR = 1.02  # sizes that differ by less stand side by side: methods that prune widths meet a size only nearly
+MISSING = Estimate(outcome=style.MISSING)
 COLUMNS = ("panel", "series", "size", "parameters", "chain", *ESTIMATE_COLUMNS, "unit", *ORIGIN_COLUMNS)
 PUBLISHED_TITLE = "Shortened LLaMA: memory and accuracy by model size (published)"
 
@@ -79,7 +81,7 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
-    """Return one point a panel and chain: memory in MB or GB, accuracy in percent.
+    """Return one point a panel and chain: memory in MB or GB, accuracy in percent; "missing" without its result.
 
     Raises UserError if two chains of a series have the same size, or if a task is not in the suite.
     """
@@ -98,20 +100,16 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
             if profiled and not at:
                 asked = ", ".join(f"{key} {value}" for key, value in condition)
                 raise UserError(f"{where}: workload '{recipe.workload}' has no row with {asked}.")
-            if not (scored or at):
-                continue
             parameters = parameters_of(scored + at)
             size = "?" if parameters is None else style.parameters_label(parameters)
-            other = sizes.setdefault((series, size), chain)
+            other = chain if parameters is None else sizes.setdefault((series, size), chain)
             if other != chain:
                 raise UserError(f"{where}: '{other}' and '{chain}' of series '{series}' are both {size}; keep one.")
             place = {"series": series, "size": size, "parameters": parameters, "chain": chain}
-            if at:
-                estimate = over_seeds(at, where)
-                points.append({"panel": "memory", **place, **estimate.columns(), "unit": "bytes", **origin(at)})
-            if scored:
-                estimate = mean_over_tasks(scored, recipe.tasks, where).scaled(100)
-                points.append({"panel": "accuracy", **place, **estimate.columns(), "unit": "%", **origin(scored)})
+            estimate = over_seeds(at, where)
+            points.append({"panel": "memory", **place, **estimate.columns(), "unit": "bytes", **origin(at)})
+            estimate = mean_over_tasks(scored, recipe.tasks, where).scaled(100) if scored else MISSING
+            points.append({"panel": "accuracy", **place, **estimate.columns(), "unit": "%", **origin(scored)})
     return _in_plotted_units(pd.DataFrame(points, columns=list(COLUMNS)))
 
 
@@ -143,7 +141,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         left, right = figure.subplots(1, 2)
         memory, accuracy = (points[points["panel"] == panel] for panel in ("memory", "accuracy"))
         unit = memory["unit"].iloc[0] if len(memory) else "GB"
-        devices = sorted(set(memory["device"].dropna()) - {""})
+        devices = sorted(set((memory if memory["value"].notna().any() else points)["device"].dropna()) - {""})
         _draw_bars(left, memory)
         left.set(ylabel=style.memory_label(devices, unit), xlabel="Parameters")
         _draw_bars(right, accuracy)
@@ -156,16 +154,17 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
                 footer.append(f"The accuracy axis starts at {lower:g}%.")
         if accuracy["error"].notna().any():
             footer.append("Error bars: one standard error of the unweighted mean over tasks (and over seeds).")
-        drawn = [name for name in SERIES if name in set(points["series"])]
+        drawn = [name for name in SERIES if name in set(style.having_place(points)["series"])]
         style.frame(figure, title, [_swatch(name) for name in drawn], footer)
     return figure
 
 
 def _draw_bars(axes, points: DataFrame) -> None:
     groups = _groups(points)
-    if not groups:
+    if not groups or (points["outcome"] == style.MISSING).all():
         style.say_empty(axes, "No results")
         return
+    style.say_lacking(axes, style.lacking(points, _name))
     axes.grid(axis="y")
     most = max(2, *(len(group) for group in groups))
     width = (0.8 if most < 4 else 0.9) / most
@@ -174,8 +173,7 @@ def _draw_bars(axes, points: DataFrame) -> None:
         for slot, row in enumerate(rows):
             x = position + (slot - (len(rows) - 1) / 2) * width
             if math.isnan(row["value"]):
-                if row["outcome"] == "oom":
-                    style.mark_gap(axes, x)
+                style.mark_gap(axes, x, row["outcome"])
                 continue
             faded = str(row["certainty"]).startswith("unreliable")
             error = 0.0 if row["error"] is None or math.isnan(row["error"]) else row["error"]
@@ -205,7 +203,11 @@ def _draw_bars(axes, points: DataFrame) -> None:
 
 
 def _groups(points: DataFrame) -> list[DataFrame]:
-    """Return the points of each size, the smallest first; sizes that are nearly the same are one group."""
+    """Return the points of each size, the smallest first; sizes that are nearly the same are one group.
+
+    A variant whose size is not known, because neither of its results is there, is in none.
+    """
+    points = points[(points["outcome"] != style.MISSING) | points["parameters"].notna()]
     order = points.groupby("size")["parameters"].min().sort_values(na_position="first")
     groups: list[list[str]] = []
     for size, parameters in order.items():
@@ -214,6 +216,10 @@ def _groups(points: DataFrame) -> list[DataFrame]:
         else:
             groups.append([size])
     return [points[points["size"].isin(sizes)] for sizes in groups]
+
+
+def _name(row: dict) -> str:
+    return f"{row['series']} ({row['chain']})" if row["size"] == "?" else f"{row['series']} {row['size']}"
 
 
 def _size_label(group: DataFrame) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 GAP = "#B00020"  # the mark for "out of memory"
 # Outcomes whose reason stands in the footer, in the words for one and for several.
 WHY = {"unavailable": ("is unavailable", "are unavailable"), "failed": ("failed", "failed")}
+MISSING = "missing"  # how the outcome of a result that is not there begins
+NAMED = 4  # names of what a panel lacks; the others are counted
 MUTED = "#555555"
 STYLE = {
     "font.family": ["DejaVu Sans"],
@@ -146,12 +148,14 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 def footer_lines(points: DataFrame, known: Sequence[str], note: str = "", column: str = "series") -> list[str]:
     """Return the lines that say what is absent or cannot run, on what was measured, and how sure published values are.
 
-    `known` are the chart's names in `column`; those without any value are listed, never invented.
+    `known` are the chart's names in `column`; those without any value are listed, never invented. What is missing of
+    the results that the chart plots is for the panels to say (`lacking`).
     """
     lines = [note] if note else []
     has_value = points[points["outcome"] == "ok"]
     outcomes = points["outcome"].astype(str)
-    placed = points[~outcomes.str.startswith((*WHY, "missing"))]
+    gaps = points[outcomes.str.startswith(MISSING)]
+    placed = having_place(points)
     present = set(placed[column])
     reasons: dict[tuple, list[str]] = {}  # kind of outcome, whether of all points, reason → names
     for name, outcome in zip(points[column], outcomes, strict=True):
@@ -159,7 +163,7 @@ def footer_lines(points: DataFrame, known: Sequence[str], note: str = "", column
         if kind in WHY:
             names = reasons.setdefault((kind, name in present, reason.strip().rstrip(".")), [])
             names += [name] if name not in names else []
-    absent = [name for name in known if name not in {*present, *itertools.chain(*reasons.values())}]
+    absent = [name for name in known if name not in {*present, *gaps[column], *itertools.chain(*reasons.values())}]
     measured = bool((points["certainty"] == MEASURED).any()) or points.empty
     if absent:
         lines.append(f"No {'results in this study' if measured else 'published values'}: {', '.join(absent)}.")
@@ -176,6 +180,41 @@ def footer_lines(points: DataFrame, known: Sequence[str], note: str = "", column
         said = ("faded, " * name.startswith("unreliable") + name for name in sorted(certainty))
         lines.append(f"Certainty of the published values: {'; '.join(said)}.")
     return lines
+
+
+def having_place(points: DataFrame) -> DataFrame:
+    """Return the points that a chart shows, as a value or as memory that ran out; of the others it says why."""
+    return points[~points["outcome"].astype(str).str.startswith((*WHY, MISSING))]
+
+
+def lacking(points: DataFrame, name: Callable[[dict], str], absent: Iterable[str] = ()) -> list[str]:
+    """Return what a panel lacks, in words: results that are missing, and averages over fewer seeds than others.
+
+    `name` makes of a point the name by which the panel's readers know it; `absent` are names without any point.
+    """
+    counts = points["seeds"].astype("float64")
+    found: dict[str, list[str]] = {"No result": list(absent)}
+    for row, seeds in zip(points.to_dict("records"), counts, strict=True):
+        if str(row["outcome"]).startswith(MISSING):
+            names = found["No result"]
+        elif row["outcome"] == "ok" and seeds < counts.max():
+            names = found.setdefault(f"{seeds:.0f} of {counts.max():.0f} seeds", [])
+        else:
+            continue
+        names += [name(row)] if name(row) not in names else []
+    more = {said: f", and {len(names) - NAMED} more" if len(names) > NAMED else "" for said, names in found.items()}
+    return [f"{said}: {', '.join(names[:NAMED])}{more[said]}" for said, names in found.items() if names]
+
+
+def say_lacking(axes: Axes, sentences: Sequence[str]) -> None:
+    """Write above a panel, between it and its title, what it lacks."""
+    width = axes.figure.bbox.width / axes.figure.dpi / axes.get_gridspec().ncols
+    lines = _fill(sentences, int(width * 15))
+    if lines:
+        look = {"ha": "center", "va": "bottom", "fontsize": 6.5, "color": MUTED, "annotation_clip": False}
+        offset = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axes.annotate("\n".join(lines), (0.5, 1), (0, 3), **offset, **look)
+        axes.set_title(axes.get_title(), pad=6 + 8 * len(lines))
 
 
 def save(figure: Figure, prefix: Path) -> list[Path]:
@@ -247,14 +286,20 @@ def number_label(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def mark_gap(axes: Axes, place: float, horizontal: bool = False, fontsize: float = 6) -> None:
-    """Write a small "OOM" where the bar at `place` would stand; `horizontal` if the bars lie."""
-    look = {"fontsize": fontsize, "color": GAP}
+def mark_gap(axes: Axes, place: float, outcome: str, horizontal: bool = False, fontsize: float = 6) -> None:
+    """Write a small "OOM" or "missing", if that is the outcome, where the bar at `place` would stand, or lie."""
+    if outcome == "oom":
+        text, colour = "OOM", GAP
+    elif outcome.startswith(MISSING):
+        text, colour = MISSING, MUTED
+    else:
+        return
+    look = {"fontsize": fontsize, "color": colour}
     if horizontal:
-        axes.text(0.02, place, "OOM", transform=axes.get_yaxis_transform(), va="center", ha="left", **look)
+        axes.text(0.02, place, text, transform=axes.get_yaxis_transform(), va="center", ha="left", **look)
     else:
         transform = axes.get_xaxis_transform()
-        axes.text(place, 0.02, "OOM", transform=transform, va="bottom", ha="center", rotation=90, **look)
+        axes.text(place, 0.02, text, transform=transform, va="bottom", ha="center", rotation=90, **look)
 
 
 def say_empty(axes: Axes, text: str) -> None:
