@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from espalier.demo import dataset
 from espalier.demo.dataset import Recipe, write
 
 SMALL = Recipe(
@@ -143,6 +144,35 @@ def test_no_glue_validation_input_is_in_training_text(folder):
             assert trained.isdisjoint(inputs), f"{task}/{split}"
 
 
+def sentences(folder: Path, name: str) -> set[str]:
+    """Every sentence of a GLUE file's or the encoder's texts."""
+    columns = GLUE_COLUMNS[name.split("/")[1]][:-2] if "/" in name else ("text", "pair")
+    texts = (row[column] for row in read(folder, name) for column in columns)
+    return {words(one) for text in texts if text for one in re.split(r"(?<=[.?!])\s", text)}
+
+
+def test_no_sentence_of_a_glue_validation_row_is_in_the_encoders_training(folder):
+    names = ["encoder", *(f"glue/{task}/train" for task in GLUE_COLUMNS)]
+    trained = {name: sentences(folder, name) for name in names}
+    for one, other in (("glue/mrpc/train", "glue/stsb/train"), ("glue/qnli/train", "encoder")):
+        assert trained[one] & trained[other], "what is shared is found"
+    seen = {word for some in trained.values() for one in some for word in one.split()}
+    for task in GLUE_COLUMNS:
+        for split in splits(task):
+            held = sentences(folder, f"glue/{task}/{split}")
+            assert {name: some & held for name, some in trained.items() if some & held} == {}, f"{task}/{split}"
+            assert {word for one in held for word in one.split()} <= seen, "sentences are new, words are not"
+
+
+def test_rows_that_say_one_thing_twice_are_as_many_in_validation(folder):
+    """They need one reserved sentence and others two, so keeping the reserved ones alone would keep too many."""
+    shares = [
+        sum(row["sentence1"] == row["sentence2"] for row in rows) / len(rows)
+        for rows in (read(folder, f"glue/stsb/{split}") for split in ("train", "validation"))
+    ]
+    assert shares[1] == pytest.approx(shares[0], abs=0.08)  # without this care, 0.17 and 0.34
+
+
 def splits(task: str) -> list[str]:
     return ["validation_matched", "validation_mismatched"] if task == "mnli" else ["validation"]
 
@@ -215,3 +245,9 @@ def test_another_seed_gives_other_data(folder, tmp_path):
 def test_too_many_items_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has only .* different .* items"):
         write(tmp_path, replace(SMALL, items_per_task=900))
+
+
+def test_too_many_validation_rows_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "DRAWS", 1)
+    with pytest.raises(ValueError, match=r"has only \d+ different rows for cola/validation, not 120"):
+        write(tmp_path, SMALL)

@@ -131,9 +131,10 @@ def test_the_demo_says_what_only_its_text_decides(demo_config):
 def test_a_new_head_makes_the_size_about(tmp_path):
     sizes_of_bert = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
     model = {"path": config(tmp_path / "bert", {"model_type": "bert", **sizes_of_bert}), "task": "masked-lm"}
-    recipes = {"cola": {"tune": "classify", "task": "cola", "dataset": "words", "steps": 1}}
+    recipes = {"cola": {"tune": "classify", "task": "cola", "dataset": "glue", "steps": 1}}
     mapping = study(tmp_path, model, recipes, ["dense", "dense+cola"])
-    mapping["suites"] = {"glue": {"evaluate": "glue", "task": "cola", "dataset": "words"}}
+    mapping["datasets"]["glue"] = {"hub": "someone/glue", "revision": "a" * 40}
+    mapping["suites"] = {"glue": {"evaluate": "glue", "task": "cola", "dataset": "glue"}}
     mapping["measure"] = [{"model": "model", "chains": ["dense+cola"], "suites": ["glue"]}]
     found = counts(mapping)
     assert found["dense"][1]

@@ -164,7 +164,7 @@ def test_classifier_follows_from_the_seed(encoder, benchmark, tmp_path):
 
 def test_only_matrices_decay(encoder, benchmark):
     model = checkpoints.load(encoder, "cpu", classify.GIVES, num_labels=2).model
-    plan = classify.plan_of(classify_recipe(benchmark, "sst2", steps=1), 1)
+    plan = training.plan_of_rows(classify_recipe(benchmark, "sst2", steps=1), 1)
     decayed, free = training.adamw(model.parameters(), 1.0, plan.weight_decay, plan.adam_beta2).param_groups
     assert decayed["betas"] == (0.9, 0.999)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)

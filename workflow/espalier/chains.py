@@ -42,7 +42,7 @@ def check(chain: str, stages: Mapping[str, str], where: str) -> None:
         if quantized:
             raise UserError(
                 f"{where}: the chain '{chain}' makes no sense: '{token}' ({stages[token]}) cannot follow"
-                f" '{quantized}', because quantized weights are packed integers. Put '{quantized}' last."
+                f" '{quantized}', because a quantizing step ends a chain. Put '{quantized}' last."
             )
         if stages[token] == "quantize":
             quantized = token

@@ -192,13 +192,14 @@ def local_file(dataset: Dataset, split: str, config: str | None) -> Path:
 def _local_rows(dataset: Dataset, split: str, config: str | None) -> Iterator[dict]:
     file = local_file(dataset, split, config)
     # Only a line feed ends a line: JSON text may hold other characters that end one elsewhere, such as U+2028.
-    with file.open(encoding="utf-8", newline="\n") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                if line.rstrip("\n"):
-                    yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}, is not valid JSON ({error.msg}).") from None
+                if line.rstrip(b"\n"):
+                    yield json.loads(line.decode())
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                why = getattr(error, "msg", error)
+                raise UserError(f"{file}, line {number}, is not valid JSON ({why}).") from None
 
 
 def _hub_rows(dataset: Dataset, split: str, config: str | None) -> Iterable[dict]:

@@ -1,4 +1,4 @@
-"""Groups that do not divide a model's layers, found from the sizes in a config: before any job runs, without torch."""
+"""Groups that do not divide a model's widths, and layers that it has not, found before any job runs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ def sizes_of(model: Model, pretrained: Step | None) -> Mapping[str, Any]:
 
 
 def check(sizes: Mapping[str, Any], steps: Sequence[Step], where: str) -> None:
-    """Raise UserError, opened by `where`, if a step of a chain has groups that do not divide the model's widths.
+    """Raise UserError, opened by `where`, if a step asks for groups that do not divide widths, or for missing layers.
 
     Behind a method that changes widths nothing is known here; its job finds out before it calibrates.
     """
     for step in steps:
         if getattr(plugins.load(step.kind, step.method), "CHANGES_WIDTHS", False):
             return
+        layers, kept = sizes.get("num_hidden_layers"), getattr(step.recipe, "layers", None)
+        if layers and isinstance(kept, list) and max(kept) >= layers:
+            raise UserError(
+                f"{where}: '{step.name}' keeps layer {max(kept)} (the key 'layers'), but the model has layers 0 to"
+                f" {layers - 1}."
+            )
         size = getattr(step.recipe, "group_size", -1)
         for key in WIDTHS:
             if size > 0 and sizes.get(key, size) % size:

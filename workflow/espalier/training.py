@@ -43,6 +43,12 @@ def plan_of(recipe: Any, steps: int) -> Plan:
     return Plan(**{**named, "steps": steps, "warmup": recipe.warmup_steps})
 
 
+def plan_of_rows(recipe: Any, steps: int) -> Plan:
+    """Return the plan of a recipe whose `warmup` is a share of the steps, and whose batches are computed at once."""
+    named = {key: getattr(recipe, key) for key in Plan.__dataclass_fields__ if hasattr(recipe, key)}
+    return Plan(**{**named, "steps": steps, "warmup": round(recipe.warmup * steps), "micro_batch": recipe.batch_size})
+
+
 class Batches(Protocol):
     """Where the samples of each step come from; `position` is a plain value, to which `seek` goes back."""
 
@@ -70,9 +76,9 @@ def refuse_packed(parent: Path, what: str) -> None:
 
 
 class Rows:
-    """Batches of rows that are all in memory, each pass in a new seeded order."""
+    """Batches of rows, each pass in a new seeded order. Rows that are no list give their `fingerprint` themselves."""
 
-    def __init__(self, items: list, batch_size: int, steps: int, seed: int):
+    def __init__(self, items: Sequence, batch_size: int, steps: int, seed: int):
         self.items, self.taken = items, 0
         self.order = batches(len(items), batch_size, steps, seed)
 
@@ -85,10 +91,11 @@ class Rows:
 
     def seek(self, position: int) -> None:
         while self.taken < position:
-            self.take()
+            next(self.order)
+            self.taken += 1
 
     def fingerprint(self) -> str:
-        return digest(self.items)
+        return digest(self.items) if isinstance(self.items, list) else self.items.fingerprint()
 
 
 def steps_of(count: int, batch_size: int, steps: int | None, epochs: float | None) -> int:

@@ -10,11 +10,14 @@
     summary.json       the recipe, and the number of rows of each file
 
 What evaluations read is made first and registered; whatever is made for training and repeats it is dropped and drawn
-again. Harness items are asked in wordings that training never uses for the same thing (see `questions`).
+again. Harness items are asked in wordings that training never uses for the same thing (see `questions`). Of the GLUE
+tasks' sentences a share is reserved: validation rows hold these alone, the training rows of every task and the
+encoder's text none of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,11 +26,14 @@ from .glue_tasks import COLUMNS, example, unlabelled
 from .harness_tasks import task_yaml
 from .questions import QUESTIONS, evaluation_items
 from .statements import WEIGHTED_TASKS, document
-from .vocabulary import Held, World
+from .vocabulary import Held, World, normal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+RESERVED = 64  # of 256 sentences of the GLUE tasks
+DRAWS = 500  # for one validation row; one pair of sentences in 16 is reserved
 
 
 @dataclass(frozen=True)
@@ -95,22 +101,40 @@ def _glue_row(task: str, inputs: tuple[str, ...], label: float, index: int) -> d
     return {**dict(zip(COLUMNS[task], inputs, strict=True)), "label": label, "idx": index}
 
 
+def _reserved(world: World, inputs: tuple[str, ...]) -> list[bool]:
+    """Whether each sentence is for validation rows alone: its words and the seed decide, whatever else is drawn.
+
+    A sentence that stands twice is followed by a draw of the pair: rows of one sentence would else be kept too often.
+    """
+    forms = [normal(sentence) for sentence in inputs]
+    asked = [*dict.fromkeys(forms), " | ".join(forms)][: len(forms)]
+    return [hashlib.sha256(f"{world.seed}/{form}".encode()).digest()[0] < RESERVED for form in asked]
+
+
 def _glue_validation(world: World, held: Held, task: str, split: str, count: int) -> Iterator[dict[str, Any]]:
     rng, index = world.stream(f"glue/{task}/{split}"), 0
-    while index < count:
+    for _ in range(DRAWS * count):
+        if index == count:
+            break
         inputs, label = example(task, split, rng)
-        if held.add(*inputs):
+        if all(_reserved(world, inputs)) and held.add(*inputs):
             yield _glue_row(task, inputs, label, index)
             index += 1
+    if index < count:
+        raise ValueError(f"The demo language has only {index} different rows for {task}/{split}, not {count}.")
 
 
 def _glue_train(world: World, held: Held, task: str, count: int) -> Iterator[dict[str, Any]]:
     rng, index = world.stream(f"glue/{task}/train"), 0
     while index < count:
         inputs, label = example(task, "train", rng)
-        if not held.holds(*inputs):
+        if _may_train(world, held, inputs):
             yield _glue_row(task, inputs, label, index)
             index += 1
+
+
+def _may_train(world: World, held: Held, inputs: tuple[str, ...]) -> bool:
+    return not any(_reserved(world, inputs)) and not held.holds(*inputs)
 
 
 def _heldout(world: World, held: Held, count: int) -> Iterator[dict[str, Any]]:
@@ -143,7 +167,8 @@ def _instruct(world: World, held: Held, count: int) -> Iterator[dict[str, Any]]:
 def _encoder(world: World, held: Held, count: int) -> Iterator[dict[str, Any]]:
     rng = world.stream("encoder")
     while count:
-        text, *rest = unlabelled(rng)
-        if not held.holds(text, *rest):
+        inputs = unlabelled(rng)
+        if _may_train(world, held, inputs):
+            text, *rest = inputs
             yield {"text": text, "pair": rest[0] if rest else ""}
             count -= 1

@@ -144,9 +144,9 @@ def cola(rng: random.Random) -> tuple[Inputs, int]:
     return (bad,), int(bad == good)
 
 
-def sst2(rng: random.Random) -> tuple[Inputs, int]:
-    """Praise and blame, a third of it through 'not' with the opposite word."""
-    positive, negated = rng.random() < 0.5, rng.random() < 0.35
+def sst2(rng: random.Random, twice: bool = False) -> tuple[Inputs, int]:
+    """Praise and blame, a quarter of it through 'not' with the opposite word, some or all of it in two words."""
+    positive, negated = rng.random() < 0.5, rng.random() < 0.25
     word = rng.choice(GOOD if positive != negated else BAD)
     work = rng.choice(WORKS)
     before = rng.choice(
@@ -157,7 +157,8 @@ def sst2(rng: random.Random) -> tuple[Inputs, int]:
             f"i told {rng.choice(NAMES)} that ",
         )
     )
-    after = rng.choice(("", f" and {rng.choice(GOOD if positive else BAD)}", f" for {rng.choice(NAMES)}"))
+    again = f" and {rng.choice(GOOD if positive else BAD)}"
+    after = again if twice else rng.choice(("", again, f" for {rng.choice(NAMES)}"))
     return (f"{before}the {work} is {'not ' if negated else ''}{word}{after} ",), int(positive)
 
 
@@ -273,7 +274,8 @@ def qnli(rng: random.Random) -> tuple[Inputs, int]:
                 f"Nobody knows much about the {thing} of {who}.",
             )
         )
-    return (asked[form][0], sentence + rng.choice(("", " It is old.", " It is late."))), int(not answers)
+    end = rng.choice((".", ", and it is old.", ", and it is late."))
+    return (asked[form][0], sentence.removesuffix(".") + end), int(not answers)
 
 
 def rte(rng: random.Random) -> tuple[Inputs, int]:
@@ -320,4 +322,4 @@ def unlabelled(rng: random.Random) -> Inputs:
             inputs, label = inference(rng, genre) if task == "mnli" else GENERATORS[task](rng)
             if label == wanted:
                 return inputs
-    return sst2(rng)[0]
+    return sst2(rng, twice=True)[0]

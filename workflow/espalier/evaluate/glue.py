@@ -8,25 +8,19 @@ the standard deviation over bootstrap resamples of the rows.
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from espalier import glue_tasks
+from espalier import checkpoints, glue_metrics, glue_tasks, memory
 from espalier.data import Dataset
-from espalier.errors import UserError
 from espalier.measured import Measured
 from espalier.progress import progress
 
 if TYPE_CHECKING:
-    import numpy
-
     from espalier.checkpoints import Checkpoint
 
 TAKES = ("sequence-classification",)
-RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Recipe:
     task: glue_tasks.Name  # a GLUE task
     dataset: Dataset
     batch_size: int = 64  # it does not change the result beyond rounding
-    max_length: int = 128  # tokens; longer inputs are cut
+    max_length: int = 128  # tokens, at most those that the model can take; longer inputs are cut
 
     def check(self) -> None:
         if self.batch_size < 1 or self.max_length < 4:
@@ -52,13 +46,18 @@ def passages(recipe: Recipe) -> Iterator[str]:
 
 
 def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -> Measured:
-    """Return the task's metrics and every prediction (a label, or STS-B's raw score) beside its label.
+    """Return the model's sizes, the task's metrics, and every prediction (STS-B: a raw score) with its label.
 
     Raises UserError for a checkpoint that was made for another task or number of labels.
     """
     task = glue_tasks.TASKS[recipe.task]
-    _check(checkpoint, recipe.task, task.labels)
-    measurements, samples = [], {}
+    glue_tasks.check_classifier(checkpoint, recipe.task)
+    sizes = {
+        "weights_allocated": memory.allocated_bytes(device),
+        "weights_on_disk": checkpoints.weight_bytes(checkpoint.folder),
+    }
+    measurements = [{"task": recipe.task, "metric": name, "value": n, "unit": "bytes"} for name, n in sizes.items()]
+    samples = {}
     for name, split in task.splits.items():
         found = glue_tasks.rows(recipe.dataset, recipe.task, split)
         labels = [row["label"] for row in found]
@@ -66,7 +65,7 @@ def measure(checkpoint: Checkpoint, recipe: Recipe, *, seed: int, device: str) -
         samples[name] = {"predictions": predictions, "labels": labels}
         for metric in task.metrics:
             measurement = {"task": name, "metric": metric, "n": len(labels), "unit": "fraction"}
-            measurements.append(measurement | scored(metric, predictions, labels, seed))
+            measurements.append(measurement | glue_metrics.scored(metric, predictions, labels, seed))
     return Measured(measurements, samples)
 
 
@@ -74,7 +73,7 @@ def predict(checkpoint: Checkpoint, recipe: Recipe, found: list[dict], device: s
     """Return one prediction a row: the most likely label (the first of equals), or the raw score of a regression."""
     import torch
 
-    items = glue_tasks.encode(checkpoint.tokenizer, recipe.task, found, recipe.max_length)
+    items = glue_tasks.encode(checkpoint, recipe.task, found, recipe.max_length)
     order = sorted(range(len(items)), key=lambda i: -len(items[i]["input_ids"]))  # little padding
     starts = range(0, len(order), recipe.batch_size)
     predictions = [0] * len(items)
@@ -88,63 +87,3 @@ def predict(checkpoint: Checkpoint, recipe: Recipe, found: list[dict], device: s
             for i, prediction in zip(rows, best.tolist(), strict=True):
                 predictions[i] = prediction
     return predictions
-
-
-def scored(metric: str, predictions: list, labels: list, seed: int) -> dict:
-    """Return value and stderr of a metric; a correlation with something constant has an outcome instead."""
-    import numpy
-
-    guesses, truth = numpy.asarray(predictions, dtype=float), numpy.asarray(labels, dtype=float)
-    if not numpy.isfinite(guesses).all():
-        return {"value": None, "stderr": None, "outcome": "undefined: predictions are not finite"}
-    value = score(metric, guesses, truth)
-    if math.isnan(value):
-        return {"value": None, "stderr": None, "outcome": "undefined: constant predictions or labels"}
-    count = len(truth)
-    if count < 2:
-        return {"value": value, "stderr": None}
-    if metric == "accuracy":
-        return {"value": value, "stderr": math.sqrt(value * (1 - value) / (count - 1))}
-    draw = numpy.random.default_rng(random.Random(f"bootstrap-{seed}").getrandbits(64))
-    resamples = []
-    for _ in range(RESAMPLES):
-        chosen = draw.integers(count, size=count)
-        resamples.append(score(metric, guesses[chosen], truth[chosen]))
-    resamples = [one for one in resamples if not math.isnan(one)]
-    return {"value": value, "stderr": float(numpy.std(resamples, ddof=1)) if len(resamples) > 1 else None}
-
-
-def score(metric: str, predictions: numpy.ndarray, labels: numpy.ndarray) -> float:
-    """Return one metric, as a fraction.
-
-    By convention mcc is 0 when predictions or labels are constant, and f1 is 0 when label 1 is neither predicted nor
-    there; a correlation is NaN when either side is constant.
-    """
-    if metric in ("pearson", "spearman"):
-        import scipy.stats
-
-        if min(predictions.std(), labels.std()) == 0:
-            return math.nan
-        compare = scipy.stats.pearsonr if metric == "pearson" else scipy.stats.spearmanr
-        return float(compare(predictions, labels).statistic)
-    import sklearn.metrics
-
-    if metric == "accuracy":
-        return float(sklearn.metrics.accuracy_score(labels, predictions))
-    if metric == "f1":
-        return float(sklearn.metrics.f1_score(labels, predictions, pos_label=1, zero_division=0.0))
-    if (predictions == predictions[0]).all() or (labels == labels[0]).all():
-        return 0.0
-    return float(sklearn.metrics.matthews_corrcoef(labels, predictions))
-
-
-def _check(checkpoint: Checkpoint, task: str, labels: int) -> None:
-    trained = checkpoint.info.get("glue_task")
-    if trained is not None and trained != task:
-        raise UserError(f"The checkpoint {checkpoint.folder} was trained for GLUE task {trained}, not for {task}.")
-    found = checkpoint.model.config.num_labels
-    if found != labels:
-        raise UserError(
-            f"The checkpoint {checkpoint.folder} gives {found} outputs, but GLUE task {task} needs {labels}: it was not"
-            " trained for this task."
-        )

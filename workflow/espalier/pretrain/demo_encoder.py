@@ -58,7 +58,11 @@ class Recipe:
 
 def sizes(recipe: Recipe) -> dict:
     """Return the widths of the layers, named as in a config.json."""
-    return {"hidden_size": recipe.hidden, "intermediate_size": recipe.mlp}
+    return {
+        "hidden_size": recipe.hidden,
+        "intermediate_size": recipe.mlp,
+        "num_hidden_layers": recipe.layers,
+    }
 
 
 def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:

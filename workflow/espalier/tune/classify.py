@@ -39,7 +39,7 @@ class Recipe:
     weight_decay: float = 0.01  # of matrices; never of biases and norms
     adam_beta2: float = 0.999  # AdamW's decay of squared gradients
     max_gradient_norm: float = 1.0  # gradients are scaled down to this norm
-    max_length: int = 128  # tokens; longer inputs are cut
+    max_length: int = 128  # tokens, at most those that the model can take; longer inputs are cut
     autocast: bool = False  # matrix products in bfloat16; weights and their updates stay in float32
     attention: Literal["sdpa", "eager"] = "sdpa"  # eager is faster for tiny models on a CPU
 
@@ -60,27 +60,26 @@ def apply(
     from espalier import checkpoints
 
     parallel.refuse("Fine-tuning a classifier")
-    task = glue_tasks.TASKS[recipe.task]
     found = glue_tasks.rows(recipe.dataset, recipe.task, recipe.split)
     torch.manual_seed(seed)  # the new head and dropout
     checkpoint = checkpoints.load(
         parent,
         device,
         GIVES,
-        num_labels=task.labels,
+        **glue_tasks.outputs(recipe.task),
         dtype=torch.float32,
         attn_implementation=recipe.attention,
     )
     tokenizer = checkpoint.tokenizer
-    encoded = glue_tasks.encode(tokenizer, recipe.task, found, recipe.max_length)
+    encoded = glue_tasks.encode(checkpoint, recipe.task, found, recipe.max_length)
     items = [{"inputs": one, "label": row["label"]} for one, row in zip(encoded, found, strict=True)]
-    plan = plan_of(recipe, len(items))
+    steps = training.steps_of(len(items), recipe.batch_size, recipe.steps, recipe.epochs)
     started = time.perf_counter()
     report = training.fit(
         checkpoint.model,
-        training.Rows(items, recipe.batch_size, plan.steps, seed),
+        training.Rows(items, recipe.batch_size, steps, seed),
         LabelLoss(tokenizer, device, recipe.autocast),
-        plan,
+        training.plan_of_rows(recipe, steps),
         device=device,
         label=f"fine-tuning on {recipe.task}",
         saving=saving,
@@ -91,20 +90,6 @@ def apply(
     checkpoints.save(checkpoint.model, tokenizer, output, info)
     losses = report["losses"]
     return {"rows": len(items), "steps": len(losses), "seconds": round(seconds, 2), "losses": losses}
-
-
-def plan_of(recipe: Recipe, rows: int) -> training.Plan:
-    """Return how the encoder is trained on so many rows."""
-    steps = training.steps_of(rows, recipe.batch_size, recipe.steps, recipe.epochs)
-    return training.Plan(
-        steps=steps,
-        learning_rate=recipe.learning_rate,
-        warmup=round(recipe.warmup * steps),
-        weight_decay=recipe.weight_decay,
-        max_gradient_norm=recipe.max_gradient_norm,
-        micro_batch=recipe.batch_size,
-        adam_beta2=recipe.adam_beta2,
-    )
 
 
 @dataclass(frozen=True)
