@@ -143,6 +143,37 @@ def test_teachers_learn_every_glue_task(metrics):
         assert scores[task, "accuracy"] > 0.75
 
 
+def test_glue_scores_fall_with_bits_and_rise_with_the_budget():
+    with (ROOT / "figures/demo/glue_bits.csv").open(newline="") as stream:
+        average = {
+            (row["series"], int(row["bits"])): (float(row["value"]), float(row["error"]))
+            for row in csv.DictReader(stream)
+            if row["panel"] == "Ave. 8 Tasks"
+        }
+    teacher, error = average["teacher", 32]
+    for bits in (2, 1):
+        assert average["Budget-C", bits][0] > average["Budget-A", bits][0]
+    for budget in ("Budget-A", "Budget-C"):
+        assert average[budget, 2][0] > average[budget, 1][0]
+        # A student may pass its teacher by chance, as the two-bit one under Budget-C nearly does.
+        assert teacher + error > average[budget, 2][0]
+    assert teacher > average["Budget-C", 1][0]
+
+
+def test_students_are_stored_in_their_bits(metrics):
+    found = {
+        (row["chain"], row["metric"]): float(row["value"])
+        for row in metrics
+        if row["suite"] == "glue-cola" and row["unit"] == "bytes"
+    }
+    assert len(found) == 10
+    for metric in ("weights_on_disk", "weights_allocated"):
+        dense, two, one = (found[f"dense+cola{behind}", metric] for behind in ("", "+cola-2bit-c", "+cola-1bit-c"))
+        # Of 853,000 weights 32,000 are in float32: positions, norms, biases, pooler and head.
+        assert one < 0.09 * dense
+        assert one < two < 0.13 * dense
+
+
 def test_the_quantization_table_has_the_published_keys(metrics):
     table = json.loads((ROOT / "results/demo/tables/quantization.json").read_text())
     assert set(table) >= {"Base Model", "SFT Model", "BnB 4-bit Model", "BnB 8-bit Model", "GPTQ 4bit calib20"}

@@ -287,7 +287,7 @@ def test_every_script_answers_help_without_heavy_imports(script):
         assert re.search(rf"^  {option}\b.*\n?\s+\S", usage, flags=re.M), f"{option} has no help"
 
 
-BY_HAND = ("plan_sizes.py", "plan_study.py", "show_jobs.py", "hold_gpus.py")
+BY_HAND = ("plan_sizes.py", "plan_study.py", "show_jobs.py", "hold_gpus.py", "draw_early_figures.py")
 
 
 def test_every_rule_calls_a_script_and_every_script_of_a_stage_has_a_rule():

@@ -62,7 +62,9 @@ def probe(device):
     if device == "cuda":
         raise worker.Unavailable("there is no GPU")
 
-plugins.load = lambda *_: SimpleNamespace(Engine=Engine, probe=probe, PACKAGES=("torch", "absent"))
+# It has an environment, so that its worker does not import transformers for it.
+fake = SimpleNamespace(Engine=Engine, probe=probe, PACKAGES=("torch", "absent"), ENVIRONMENTS={"cpu": "fake"})
+plugins.load = lambda *_: fake
 sys.argv = ["worker", "fake"]
 runpy.run_module("espalier.worker", run_name="__main__")
 """

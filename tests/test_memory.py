@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -38,6 +41,24 @@ def test_tensor_without_memory_counts_nothing():
     kept = [torch.empty(MIB, device="meta"), torch.eye(3).to_sparse()]
     assert memory.allocated_bytes("cpu") - before < 1000
     del kept
+
+
+IN_A_JOB = """
+import gc
+from espalier import cli, memory
+cli.import_lightly()
+import torch
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+held = torch.zeros(5)
+assert memory.allocated_bytes("cpu") == 20
+gc.unfreeze()
+assert memory.allocated_bytes("cpu") == 20
+"""
+
+
+def test_nothing_that_counts_is_among_what_jobs_import():
+    """The garbage collector, who names all tensors, does not look at what was imported."""
+    subprocess.run([sys.executable, "-c", IN_A_JOB], check=True)
 
 
 def test_weights_in_the_order_of_onednn_count():

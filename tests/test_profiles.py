@@ -14,7 +14,15 @@ from conftest import ROOT, copy_project, snakemake
 
 STUDY = ("--configfile", "tests/smoke.yaml")
 WORKSTATION = ("--profile", "profiles/workstation", "--cores", "4")
-GPU_RULES = {"pretrain_model", "prune_model", "tune_model", "quantize_model", "evaluate_model", "profile_model"}
+GPU_RULES = {
+    "pretrain_model",
+    "prune_model",
+    "tune_model",
+    "quantize_model",
+    "distill_model",
+    "evaluate_model",
+    "profile_model",
+}
 OTHER_RULES = {"generate_data", "check_calibration", "make_metrics", "draw_figure"}
 MEMORY = re.compile(r"__import__\('espalier\.needs'\).*")
 

@@ -71,6 +71,31 @@ def test_follows_relative_imports(version):
     assert provenance.LIBRARY / "base.py" in provenance._closure(flap)
 
 
+NESTED = """
+class Anything:
+    async def anywhere(self, x):
+        \"\"\"Do nothing.\"\"\"
+        for _ in x:
+            while x:
+                try:
+                    pass
+                except ValueError:
+                    with x:
+                        match x:
+                            case 1:
+                                if x:
+                                    pass
+                                else:
+                                    from espalier import other
+"""
+
+
+def test_imports_and_docstrings_are_found_anywhere(version):
+    found = [version({"prune/depth.py": NESTED, **edit}) for edit in ({}, {"other.py": "VALUE = 2\n"})]
+    assert found[0] != found[1]
+    assert version({"prune/depth.py": NESTED.replace("nothing", "little")}) == found[0]
+
+
 def test_every_script_has_a_version_of_its_own():
     scripts = sorted((Path(__file__).parents[1] / "workflow" / "scripts").glob("*.py"))
     assert scripts

@@ -94,6 +94,11 @@ def test_pruning_and_quantizing_show_in_the_numbers(smoke):
     memory = {row["chain"]: float(row["value"]) for row in table if row["metric"] == "weights_allocated"}
     assert memory["dense+bnb-nf4"] < memory["dense"]
     assert memory["dense+gptq-w4"] < memory["dense"]
+    encoder = {(row["chain"], row["metric"]): row for row in table if row["model"] == "tiny-bert"}
+    teacher, student = (encoder[chain, "weights_on_disk"] for chain in ("dense+cola", "dense+cola+cola-1bit"))
+    assert student["parameters"] == teacher["parameters"]
+    assert (float(teacher["bits"]), float(student["bits"])) == (32, 1)
+    assert float(student["value"]) < float(teacher["value"]) / 10
 
 
 def test_quantization_table_has_the_published_names_and_keys(smoke):
@@ -190,6 +195,16 @@ def test_a_truncated_result_is_named_and_the_old_table_stays(smoke):
     assert table.read_bytes() == before
 
 
+def test_the_report_is_written(smoke):
+    snakemake(smoke, "--cores", "2", *STUDY)
+    run = snakemake(smoke, *STUDY, "--report", "results/smoke/report.html")
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    text = (smoke / "results/smoke/report.html").read_text()
+    for name in CHARTS:
+        assert name in text
+    assert "quantized variants" in text
+
+
 def test_a_killed_job_leaves_nothing_half_made_and_the_same_command_finishes(smoke):
     """The job is killed while it writes; snakemake is interrupted with it."""
     chain = smoke / "results/smoke/runs/tiny-llama/s3/dense+depth-1"
@@ -252,13 +267,3 @@ figures: {}
     run = snakemake(smoke, "-n", "--configfile", "mine.yaml")
     heldout.write_text(text)
     assert "rule evaluate_model" in run.stdout, "an edit to a local dataset reruns what reads it"
-
-
-def test_the_report_is_written(smoke):
-    snakemake(smoke, "--cores", "2", *STUDY)
-    run = snakemake(smoke, *STUDY, "--report", "results/smoke/report.html")
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    text = (smoke / "results/smoke/report.html").read_text()
-    for name in CHARTS:
-        assert name in text
-    assert "quantized variants" in text

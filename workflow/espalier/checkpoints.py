@@ -1,8 +1,8 @@
 """Checkpoints: folders that say themselves how they are loaded, and the one loader for every later stage.
 
 A checkpoint folder holds what its library writes (config.json, safetensors, tokenizer) and `espalier.json`:
-  format       transformers | bitsandbytes | gptqmodel | compressed-tensors | reference (a pointer to a local folder or
-               a hub model)
+  format       transformers | bitsandbytes | gptqmodel | compressed-tensors | packed (packed_loading.py) |
+               reference (a pointer to a local folder or a hub model)
   task         causal-lm | masked-lm | sequence-classification
   parameters   logical number of parameters: quantization leaves it as it was
   bits         bits a weight of the transformer blocks
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import gptq_loading, hub_cache, lowbit_loading, memory
+from espalier import gptq_loading, hub_cache, lowbit_loading, memory, packed_loading
 from espalier.errors import UserError, first_line
 from espalier.files import read_json, sha256, write_json
 
@@ -35,6 +35,8 @@ TASKS = {
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
+# Formats that are read into layers of models/.
+OWN_LAYERS = {"compressed-tensors": lowbit_loading, "packed": packed_loading}
 # What a description says of how and where a checkpoint is stored, and not of the model.
 STORAGE = ("format", "path", "id", "revision", "dtype", "bits", "arithmetic", "kernel")
 
@@ -306,8 +308,8 @@ def _load_transformers(source, revision, task: str, info: dict, device: str, opt
     if info["format"] == "bitsandbytes":
         options["device_map"] = {"": device}
     loader = getattr(transformers, TASKS[task])
-    if info["format"] == "compressed-tensors":
-        model, found = lowbit_loading.load(loader, source, device, **options)
+    if info["format"] in OWN_LAYERS:
+        model, found = OWN_LAYERS[info["format"]].load(loader, source, device, **options)
     else:
         trust = info.get("trust_remote_code", False)
         model, found = loader.from_pretrained(

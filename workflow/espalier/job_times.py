@@ -149,7 +149,8 @@ class Times:
         batch = getattr(recipe, "batch_size", None) or getattr(recipe, "batch", 1)
         if hasattr(recipe, "steps"):
             micro = min(batch, getattr(recipe, "micro_batch", batch))
-            steps = recipe.steps or math.ceil(recipe.epochs * self.assume("rows") / batch)
+            copies = 1 + getattr(recipe, "augmentation", 0)
+            steps = recipe.steps or math.ceil(recipe.epochs * copies * self.assume("rows") / batch)
             return [Passes(self.assume("training") * steps * math.ceil(batch / micro), micro * length)]
         if calibration := getattr(recipe, "calibration", None):
             sweeps = self.assume(CALIBRATING.get(step.method, "calibration"))

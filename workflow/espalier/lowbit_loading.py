@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from espalier import own_layers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -62,48 +64,18 @@ def load(auto_class: Any, source: Path, device: str, **options: Any) -> tuple[Pr
 
     `options` need the dtype. Raises ValueError for weights that the config does not describe.
     """
-    from transformers import AutoConfig
-
-    _know_layers()
-    config = AutoConfig.from_pretrained(source)
-    config.quantization_config = {**config.quantization_config, "quant_method": "espalier"}
-    options = {"device_map": {"": device}, **options}
-    model, found = auto_class.from_pretrained(source, config=config, output_loading_info=True, **options)
-    if found["unexpected_keys"]:
-        raise ValueError(f"its weights have no place in the model, such as {min(found['unexpected_keys'])}")
-    return model, found
+    return own_layers.load(auto_class, source, device, _put_layers, **options)
 
 
-def _know_layers() -> None:
-    """Teach transformers, once, to make our layers before it reads weights into them."""
-    from transformers.quantizers import auto
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+def _put_layers(model: PreTrainedModel, described: dict) -> None:
+    import torch
 
-    if "espalier" in auto.AUTO_QUANTIZER_MAPPING:
-        return
+    from espalier.models.lowbit import LowBitLinear, linear_layers, put
 
-    @auto.register_quantization_config("espalier")
-    class Config(QuantizationConfigMixin):
-        def __init__(self, **described: Any):
-            self.quant_method, self.described = "espalier", described
-
-    @auto.register_quantizer("espalier")
-    class Quantizer(HfQuantizer):
-        is_trainable = False
-
-        def is_serializable(self) -> bool:
-            return False
-
-        def _process_model_before_weight_loading(self, model, **_):
-            import torch
-
-            from espalier.models.lowbit import LowBitLinear, linear_layers, put
-
-            scheme = scheme_of(self.quantization_config.described)
-            for name, layer in linear_layers(model).items():
-                with torch.device("meta"):
-                    made = LowBitLinear(
-                        layer.in_features, layer.out_features, layer.bias is not None, scheme, layer.weight.dtype
-                    )
-                put(model, name, made)
+    scheme = scheme_of(described)
+    for name, layer in linear_layers(model).items():
+        with torch.device("meta"):
+            made = LowBitLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, scheme, layer.weight.dtype
+            )
+        put(model, name, made)

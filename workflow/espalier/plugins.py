@@ -40,7 +40,8 @@ def load(kind: str, name: str, where: str = "config") -> ModuleType:
 def fill(module: ModuleType, content: dict, where: str) -> dict:
     """Return a recipe's keys with those of the preset that its key `preset` names filled in, where it lacks them.
 
-    A plugin names its presets in `PRESETS`, name → keys. Raises UserError, opened by `where`, for a name that is none.
+    A plugin names its presets in `PRESETS`, name → keys, and in `PRESET_FIXES` the keys that an entry may not say
+    otherwise. Raises UserError, opened by `where`, for a name that is none, and for an entry that does so.
     """
     presets = getattr(module, "PRESETS", {})
     if not presets or "preset" not in content:
@@ -48,6 +49,10 @@ def fill(module: ModuleType, content: dict, where: str) -> dict:
     name = str(content["preset"])
     if name not in presets:
         raise UserError(f"{where}.preset: there is no preset '{name}'.{did_you_mean(name, presets)}")
+    for key in getattr(module, "PRESET_FIXES", ()):
+        fixed = presets[name][key]
+        if content.get(key, fixed) != fixed:
+            raise UserError(f"{where}.{key}: the preset '{name}' is for {fixed}, not for {content[key]}.")
     return presets[name] | {key: value for key, value in content.items() if key != "preset"}
 
 

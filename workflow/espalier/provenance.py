@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -50,11 +50,19 @@ def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
 
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements in a node, and in those; most of a tree are expressions, which are passed over."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+            yield from _statements(child)
+
+
 @cache
 def _imports(file: Path) -> tuple[Path, ...]:
     """Return the files of the espalier modules that `file` imports, anywhere in it, their packages included."""
     names: set[str] = set()
-    for node in ast.walk(_tree(file)):
+    for node in _statements(_tree(file)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -90,7 +98,7 @@ def _module_file(name: str) -> Path | None:
 @cache
 def _fingerprint(file: Path) -> str:
     tree = _tree(file)
-    for node in ast.walk(tree):
+    for node in (tree, *_statements(tree)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node, clean=False
         ):

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from espalier import chains, devices, environments, group_sizes, plugins
+from espalier import chains, devices, environments, glue_chains, group_sizes, plugins
 from espalier.config import Resolved, Step, resolve
 from espalier.data import Calibration, Text
 from espalier.errors import UserError, did_you_mean
@@ -54,6 +54,7 @@ class Study:
         self.root = self.results / self.name
         for section in ("suites", "workloads"):
             self._check_dataset_tasks(section)
+        glue_chains.check_data([*self.resolved.recipes.values(), *self.resolved.suites.values()], file)
         self._check_calibrations()
         self._check_environments(submits)
         self.wanted = self._wanted()
@@ -209,8 +210,13 @@ class Study:
 
     chain_pattern = chains.CHAIN
 
-    def stage_pattern(self, stage: str) -> str:
-        return self.pattern(name for name, step in self.resolved.recipes.items() if step.kind == stage)
+    def stage_pattern(self, stage: str, trains: bool | None = None) -> str:
+        """Return a pattern of a stage's recipes: all, or those whose method trains a model, or does not."""
+        return self.pattern(
+            name
+            for name, step in self.resolved.recipes.items()
+            if step.kind == stage and trains in (None, getattr(plugins.load(stage, step.method), "TRAINS", False))
+        )
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
@@ -336,6 +342,8 @@ class Study:
                 f"{where}: {section}.{name} measures {' or '.join(takes)} models, but {model} with the chain '{chain}'"
                 f" is a {task} model."
             )
+        steps = [*(self.resolved.recipes[token] for token in chain.split("+")[1:]), known[name]]
+        glue_chains.check(model, models[model], steps, f"{where}: the chain '{chain}' of {model}")
         return [Wanted(model, seed, chain, kind, name) for seed in models[model].seeds]
 
     def _method(self, chain: str) -> str:
