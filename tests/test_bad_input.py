@@ -110,7 +110,7 @@ AT_PARSE_TIME = {
     "a chain without dense": (put("measure", 0, "chains", ["depth-2+lora"]), "must begin with 'dense'"),
     "pruning after quantizing": (
         put("measure", 0, "chains", ["dense+gptq-w4+depth-2"]),
-        "'depth-2' (prune) cannot follow 'gptq-w4', because quantized weights are packed integers",
+        "'depth-2' (prune) cannot follow 'gptq-w4', because a quantizing step ends a chain",
     ),
     "a classifier on a decoder": (
         put("measure", 0, "chains", ["dense+cola"]),

@@ -43,6 +43,7 @@ def test_a_dry_run_for_slurm_says_what_its_cluster_lacks(project):
     assert [line.split(": ")[1] for line in mistakes] == [
         "set-resources.pretrain_model.runtime",
         "set-resources.tune_model.runtime",
+        "set-resources.distill_model.runtime",
     ]
     assert "has 241 minutes for a job; the most is 180" in mistakes[1], "more for the largest model that is tuned"
     assert not list(project.glob("results/*"))
@@ -88,6 +89,7 @@ def test_the_largest_model_of_each_rule_is_taken():
     largest = preflight._largest_jobs(Study(entries))
     assert largest["prune_model"] == largest["profile_model"] == largest["pretrain_model"] == {"model": "large"}
     assert largest["tune_model"] != {"model": "large"}, "it is never tuned"
+    assert largest["distill_model"] == {"model": "tiny-bert"} != largest["quantize_model"]
 
 
 def test_an_access_token_is_not_handed_to_jobs_that_ask_no_hub(monkeypatch, tmp_path):

@@ -90,6 +90,14 @@ class Anything:
 """
 
 
+def test_what_is_imported_for_types_alone_is_not_run(version):
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from espalier.other import VALUE\n"
+    run = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    from espalier.other import VALUE\n"
+    for text, same in ((typed, True), (run, False)):
+        found = [version({"prune/depth.py": text, **edit}) for edit in ({}, {"other.py": "VALUE = 2\n"})]
+        assert (found[0] == found[1]) is same
+
+
 def test_imports_and_docstrings_are_found_anywhere(version):
     found = [version({"prune/depth.py": NESTED, **edit}) for edit in ({}, {"other.py": "VALUE = 2\n"})]
     assert found[0] != found[1]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from snakemake.workflow import Workflow
 
 LOCAL = ("local", "touch")
-KINDS = ("pretrain", "prune", "tune", "quantize", "evaluate", "profile")
+RULES = tuple(f"{kind}_model" for kind in ("pretrain", "prune", "tune", "quantize", "distill", "evaluate", "profile"))
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -48,7 +48,7 @@ def check(workflow: Workflow, study: Study, executor: str, settings: object) -> 
     if executor == "slurm" and not (dry and slurm_site.lacking()):  # a dry-run may be done on a laptop
         largest = _largest_jobs(study)
         resources, default, threads = slurm_site.requested(workflow.resource_settings, largest)
-        for rule in {f"{kind}_model" for kind in KINDS} - set(largest):  # of no job of this study
+        for rule in set(RULES) - set(largest):  # of no job of this study
             resources.pop(rule, None)
             threads.pop(rule, None)
         chooses = getattr(settings, "partition_config", None) or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS")
@@ -65,8 +65,8 @@ def _largest_jobs(study: Study) -> dict[str, dict[str, str]]:
     """Return, for each rule that makes or measures models, the wildcard of the largest one."""
     models = {"pretrain_model": set(study.resolved.pretrained)}
     for one in study.wanted:
-        for kind in (one.kind, *(study.stages[token] for token in one.chain.split("+")[1:])):
-            models.setdefault(f"{kind}_model", set()).add(one.model)
+        for rule in (f"{one.kind}_model", *map(study.rule, one.chain.split("+")[1:])):
+            models.setdefault(rule, set()).add(one.model)
     return {
         rule: {"model": max(names, key=lambda name: needs.size(study, name).bytes)}
         for rule, names in models.items()

@@ -51,8 +51,13 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the statements in a node, and in those; most of a tree are expressions, which are passed over."""
+    """Yield the statements in a node, and in those; most of a tree are expressions, which are passed over.
+
+    What stands under `if TYPE_CHECKING` never runs, and is passed over, too.
+    """
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not child.orelse:
+            continue
         if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
             yield child
             yield from _statements(child)

@@ -210,13 +210,15 @@ class Study:
 
     chain_pattern = chains.CHAIN
 
-    def stage_pattern(self, stage: str, trains: bool | None = None) -> str:
-        """Return a pattern of a stage's recipes: all, or those whose method trains a model, or does not."""
-        return self.pattern(
-            name
-            for name, step in self.resolved.recipes.items()
-            if step.kind == stage and trains in (None, getattr(plugins.load(stage, step.method), "TRAINS", False))
-        )
+    def rule_pattern(self, rule: str) -> str:
+        """Return a regular expression of exactly the recipes whose steps a rule makes."""
+        return self.pattern(name for name in self.resolved.recipes if self.rule(name) == rule)
+
+    def rule(self, recipe: str) -> str:
+        """Return the rule that makes a recipe's steps: that of its stage, but for quantizers that train."""
+        step = self.resolved.recipes[recipe]
+        trains = getattr(plugins.load(step.kind, step.method), "TRAINS", False)
+        return "distill_model" if trains else f"{step.kind}_model"
 
     # Checks -----------------------------------------------------------------------------------------------------------
 

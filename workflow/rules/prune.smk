@@ -19,7 +19,7 @@ rule prune_model:
     benchmark:
         f"{STUDY.root}/benchmarks/prune_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.tsv"
     wildcard_constraints:
-        recipe=STUDY.stage_pattern("prune"),
+        recipe=STUDY.rule_pattern("prune_model"),
     conda:
         "../../envs/main.yaml"
     params:

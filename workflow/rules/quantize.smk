@@ -19,7 +19,7 @@ rule quantize_model:
     benchmark:
         f"{STUDY.root}/benchmarks/quantize_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.tsv"
     wildcard_constraints:
-        recipe=STUDY.stage_pattern("quantize", trains=False),
+        recipe=STUDY.rule_pattern("quantize_model"),
     conda:
         "../../envs/main.yaml"
     params:
@@ -48,7 +48,7 @@ rule distill_model:
     benchmark:
         f"{STUDY.root}/benchmarks/distill_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.tsv"
     wildcard_constraints:
-        recipe=STUDY.stage_pattern("quantize", trains=True),
+        recipe=STUDY.rule_pattern("distill_model"),
     conda:
         "../../envs/main.yaml"
     params:

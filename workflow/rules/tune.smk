@@ -18,7 +18,7 @@ rule tune_model:
     benchmark:
         f"{STUDY.root}/benchmarks/tune_model/{{model}}.s{{seed}}.{{parent}}+{{recipe}}.tsv"
     wildcard_constraints:
-        recipe=STUDY.stage_pattern("tune"),
+        recipe=STUDY.rule_pattern("tune_model"),
     conda:
         "../../envs/main.yaml"
     params:
