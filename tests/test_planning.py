@@ -313,6 +313,10 @@ def test_disk_of_a_checkpoint_is_what_it_takes(study, tmp_path):
     round_to_nearest.apply(tmp_path / "dense", tmp_path / "packed", recipe, seed=0, device="cpu")
     assert checkpoint_bytes(study, "one", "dense+rtn-w4") == pytest.approx(stored(tmp_path / "packed"), rel=0.1)
     assert checkpoint_bytes(study, "one", "dense+rtn-w4") < 2 * count
+    smoke = Study(yaml.safe_load((ROOT / "tests/smoke.yaml").read_text(encoding="utf-8")), "smoke.yaml")
+    encoder = needs.size(smoke, "tiny-bert").parameters
+    assert checkpoint_bytes(smoke, "tiny-bert", "dense+cola") == 4 * encoder
+    assert checkpoint_bytes(smoke, "tiny-bert", "dense+cola+cola-1bit") == round(encoder / 8), "its embeddings, too"
     assert checkpoint_bytes(study, "big", "dense+lora") == 4 * 6_738_415_616  # lora's `dtype` is float32
 
 

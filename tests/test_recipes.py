@@ -25,6 +25,7 @@ class Outer:
     names: list[str] = field(default_factory=list)
     table: dict[str, int] = field(default_factory=dict)
     limit: int | None = None
+    place: str | dict[str, str] = ""
     flag: bool = False
 
     def check(self) -> None:
@@ -37,7 +38,7 @@ GOOD = {"rate": 1, "inner": {"length": 3}}
 
 def test_builds_with_defaults_and_nested_recipes():
     built = build(Outer, {**GOOD, "names": ["a"], "table": {"x": 1}, "limit": 5}, "here")
-    assert built == Outer(1.0, Inner(3), "fast", ["a"], {"x": 1}, 5, False)
+    assert built == Outer(1.0, Inner(3), "fast", ["a"], {"x": 1}, 5, "", False)
     assert isinstance(built.rate, float)
     assert build(Outer, as_dict(built), "again") == built
 
@@ -65,6 +66,8 @@ def test_numbers_that_yaml_reads_as_text(text, number):
         ({"names": "a"}, "here.names: expected a list"),
         ({"names": ["a", 2]}, "here.names[1]: expected text, found 2 (int)"),
         ({"table": {"x": "1"}}, "here.table.x: expected a whole number"),
+        ({"place": {"x": 1}}, "here.place.x: expected text, found 1 (int)"),
+        ({"place": 1}, "here.place: expected text, found 1 (int)"),
         ({"rate": -1}, "here: 'rate' must not be negative."),
         ({"rate": None}, "here.rate: expected a number, found nothing"),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from espalier import chains, needs
+from espalier import chains, needs, plugins
 from espalier.job_times import Estimate, Times, step_of
 from espalier.planned_jobs import Job
 from espalier.study import Study
@@ -85,18 +85,22 @@ def disk(study: Study, job: Job) -> Estimate:
 def checkpoint_bytes(study: Study, model: str, chain: str) -> int:
     """Return the bytes of a variant's weights: embeddings in the last dtype of the chain, blocks in its bits.
 
-    Each group of quantized weights has 32 bits more, for its scale and zero point.
+    Of a method that says `PACKS_EMBEDDINGS` they have those bits, too. Each group of quantized weights has 32 bits
+    more, for its scale and zero point.
     """
     size = needs.size(study, model)
     embedded = _embeddings(study, model)
     width = bits = 8 * size.bytes / size.parameters
     for token in chain.split("+")[1:]:
-        recipe = study.step("recipes", token).recipe
+        step = study.step("recipes", token)
+        recipe = step.recipe
         if dtype := getattr(recipe, "dtype", None):
             width = bits = int(re.search(r"\d+", dtype)[0])
         if stored := getattr(recipe, "bits", None):
             group = getattr(recipe, "group_size", -1)
             bits = stored + (32 / group if group > 0 else 0)
+            if getattr(plugins.load(step.kind, step.method), "PACKS_EMBEDDINGS", False):
+                width = bits
     return round((embedded * width + (size.parameters - embedded) * bits) / 8)
 
 

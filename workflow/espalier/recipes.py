@@ -105,7 +105,7 @@ def _convert(kind: Any, value: object, where: str) -> Any:
 
 
 def _convert_union(choices: tuple, value: object, where: str) -> Any:
-    first: UserError | None = None
+    errors = []
     for kind in choices:
         if kind is type(None):
             if value is None:
@@ -114,8 +114,10 @@ def _convert_union(choices: tuple, value: object, where: str) -> Any:
         try:
             return _convert(kind, value, where)
         except UserError as error:
-            first = first or error
-    raise first or UserError(f"{where}: {_say(value)} is not accepted.")
+            errors.append((kind, error))
+    # Of a mapping or a list what is wrong in it is said, if such a thing is a choice.
+    fitting = [error for kind, error in errors if typing.get_origin(kind) is type(value)]
+    raise (fitting or [error for _, error in errors])[0]
 
 
 def _name(kind: type) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TAKES = ("sequence-classification",)
 TRAINS = True  # so it is a job of the rule distill_model, and `apply` gets `saving`
+PACKS_EMBEDDINGS = True
 
 # Task → epochs under the budgets A, B and C. As remembered from the paper's tables, but for 18 epochs of MNLI, which
 # the authors' script has; where the paper gives a range for C, its lower end.
