@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import statistics
@@ -182,11 +183,35 @@ def test_glue_says_which_tasks_are_missing():
     assert "No results in this study: Budget-A, Budget-C." in text
 
 
+def test_each_glue_task_may_have_a_model_of_its_own():
+    recipe = build(
+        glue_bits.Recipe,
+        {
+            "title": "G",
+            "model": {"cola": "one", "rte": "two"},
+            "suite": {"cola": "glue-cola", "rte": "glue-rte"},
+            "teacher": {"cola": "dense", "rte": "dense"},
+        },
+        "figures.glue",
+    )
+    assert {(need.model, need.name) for need in glue_bits.needs(recipe)} == {("one", "glue-cola"), ("two", "glue-rte")}
+    rows = [one | {"chain": "dense", "model": "one"} for one in glue_rows("t", ["cola"])]
+    points = glue_bits.measured(recipe, frame(rows)).set_index("panel")
+    assert points.loc["CoLA", "value"] == pytest.approx(50.0)
+    with pytest.raises(UserError, match="without an entry under model"):
+        glue_bits.needs(dataclasses.replace(recipe, model={"cola": "one"}))
+
+
 def test_glue_config_mistakes_are_named():
     with pytest.raises(UserError, match="Did you mean 'Budget-A'"):
         glue_bits.needs(glue_recipe(["cola"], {"BudgetA": {2: {"cola": "x"}}}))
     with pytest.raises(UserError, match="Did you mean 'cola'"):
         glue_bits.needs(glue_recipe(["cola"], {"Budget-A": {2: {"colla": "x"}}}))
+    with pytest.raises(UserError, match="'2-bit' is not a number of bits, such as 2"):
+        glue_bits.needs(glue_recipe(["cola"], {"Budget-A": {"2-bit": {"cola": "x"}}}))
+    rows = [one | {"bits": 1} for one in glue_rows("a", ["cola"])]
+    with pytest.raises(UserError, match="'a-cola' has weights of 1 bits, not 2"):
+        glue_bits.measured(glue_recipe(["cola"], {"Budget-A": {2: {"cola": "a-cola"}}}), frame(rows))
     assert glue_bits.needs(glue_recipe(["cola"], {"Budget-C": {"1": {"cola": "x"}}})) == [
         Need("m", "t-cola", "evaluate", "glue-cola"),
         Need("m", "x", "evaluate", "glue-cola"),

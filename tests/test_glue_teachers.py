@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from espalier import checkpoints, glue_tasks
+from espalier import checkpoints, glue_chains, glue_tasks
+from espalier.config import Step
 from espalier.errors import UserError
 from espalier.evaluate import glue
 from espalier.recipes import build
@@ -282,3 +284,11 @@ def test_a_local_classifier_of_another_task_is_refused_before_any_job(tmp_path, 
     else:
         with pytest.raises(UserError, match=rf"{HERE}'{chain.replace('+', '.')}' of m: {message}"):
             one_study(model, recipes, chain, task)
+
+
+def test_a_key_task_of_another_method_is_none_of_glues():
+    @dataclass(frozen=True)
+    class Other:
+        task: str
+
+    glue_chains.check_data([Step("mine", "evaluate", "mine", Other("translation"), {}, [])], "study.yaml")

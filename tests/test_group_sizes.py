@@ -45,6 +45,16 @@ def test_groups_that_do_not_divide_a_width_are_named(config, key):
         group_sizes.check(sizes, [SHORTEN, ROUND], "study")
 
 
+def test_layers_that_the_model_has_not_are_named():
+    glue = {"task": "cola", "dataset": {"name": "words", "source": "local", "path": "words"}, "bits": 1, "steps": 1}
+    sizes = group_sizes.sizes_of(
+        Model(pretrain="demo-encoder"), step("pretrain", "demo-encoder", dataset=glue["dataset"], layers=2)
+    )
+    group_sizes.check(sizes, [step("quantize", "xtc", layers=[1], **glue)], "study")
+    with pytest.raises(UserError, match=r"study: 'mine' keeps layer 5 \(the key 'layers'\), .* has layers 0 to 1"):
+        group_sizes.check(sizes, [step("quantize", "xtc", layers=[0, 5], **glue)], "study")
+
+
 def test_behind_a_change_of_widths_nothing_is_known():
     words = {"name": "words", "source": "local", "path": "words"}
     samples = {"text": {"dataset": words, "split": "calibration"}, "samples": 4, "length": 8}

@@ -395,11 +395,7 @@ def test_presets_are_the_budgets_that_the_documentation_lists(words, tasks):
             found = recipe(words, task=task, bits=1, preset=f"budget-{budget}-{task}")
             assert (found.epochs, found.steps) == (epochs, None)
             assert (found.augmentation > 0) is (task not in ("mnli", "qqp"))
-            assert (found.batch_size, found.learning_rate, found.weight_decay, found.max_length) == (
-                32,
-                5e-5,
-                0.01,
-                128,
-            )
+            settings = (found.batch_size, found.learning_rate, found.weight_decay, found.max_length)
+            assert settings == (32, 5e-5, 0.01, 128)
     own = recipe(words, task="cola", bits=1, preset="budget-c-cola", epochs=2, augmentation=0)
     assert (own.epochs, own.augmentation) == (2, 0)
