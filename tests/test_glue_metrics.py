@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -110,3 +113,26 @@ def test_standard_errors_agree_with_the_spread_of_fresh_samples():
     fixed = sample("f1")
     assert glue_metrics.scored("f1", *fixed, seed=5) == glue_metrics.scored("f1", *fixed, seed=5)
     assert glue_metrics.scored("f1", *fixed, seed=5) != glue_metrics.scored("f1", *fixed, seed=6)
+
+
+KERNELS = """
+import numpy
+from espalier import glue_metrics
+draw = numpy.random.default_rng(0)
+left = draw.normal(size=600)
+print([glue_metrics.pearson(left, left + draw.normal(size=600)) for _ in range(20)])
+"""
+
+
+def test_the_last_digit_does_not_depend_on_the_kernel_that_blas_takes_for_a_cpu():
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", KERNELS],
+            env={**os.environ, "OPENBLAS_CORETYPE": kind},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kind in ("Prescott", "Haswell")
+    }
+    assert len(said) == 1

@@ -65,8 +65,9 @@ def pearson(predictions: numpy.ndarray, labels: numpy.ndarray) -> float:
     if numpy.ptp(predictions) == 0 or numpy.ptp(labels) == 0:
         return math.nan
     one, other = predictions - predictions.mean(), labels - labels.mean()
-    value = (one / numpy.linalg.norm(one)) @ (other / numpy.linalg.norm(other))
-    return float(min(1.0, max(-1.0, value)))
+    # Sums, and not products of vectors, whose last digits depend on the kernel that BLAS takes for a CPU.
+    one, other = one / math.sqrt((one * one).sum()), other / math.sqrt((other * other).sum())
+    return float(min(1.0, max(-1.0, (one * other).sum())))
 
 
 def spearman(predictions: numpy.ndarray, labels: numpy.ndarray) -> float:
