@@ -8,22 +8,23 @@
 # make bench-quantize   time and memory of quantized models, as ratios to float32 and bfloat16 ones
 # make bench-engines   decode speed of the engines, as ratios to HF and shares of the memory bandwidth's limit
 # make test-slurm    the tests on a real Slurm, which is started here, as root      make test-slurm-demo    the demo on it
+# make test-studies   the papers' studies in small, on a CPU, and a look at what they made; large downloads on the first run
+# make test-report   the report of the demo in a headless browser, at the width of a phone and of a screen
 # make watch [STUDY=config.yaml]   which of a study's jobs run, wait and failed, from another shell
 
 PYTHON ?= python3
 VENV := .venv
 STUDY ?= config.yaml
+SMALL ?= $(wildcard studies/shape/*.yaml)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-engines test test-engines test-slurm test-slurm-demo watch plan check-demo bench-prune bench-quantize bench-engines lint format docs clean install
+.PHONY: demo demo-engines test test-engines test-slurm test-slurm-demo test-studies test-report watch plan check-demo bench-prune bench-quantize bench-engines lint format docs clean install
 
 demo: $(INSTALLED)
-	snakemake --cores all
-	@echo "Writing the report ..."
-	@snakemake --report results/demo/report.html --quiet all
+	snakemake --cores all all report
 	@echo
 	@echo "Charts:"
 	@ls figures/demo/*.png | sed 's/^/  /'
@@ -33,9 +34,7 @@ demo: $(INSTALLED)
 	@echo "  results/demo/report.html"
 
 demo-engines: $(INSTALLED)
-	snakemake --cores all --configfile studies/demo-engines.yaml
-	@echo "Writing the report ..."
-	@snakemake --configfile studies/demo-engines.yaml --report results/demo-engines/report.html --quiet all
+	snakemake --cores all --configfile studies/demo-engines.yaml -- all report
 	@echo
 	@echo "Charts:"
 	@ls figures/demo-engines/*.png | sed 's/^/  /'
@@ -56,6 +55,15 @@ test-slurm: $(INSTALLED)
 
 test-slurm-demo: $(INSTALLED)
 	pytest -m slurm_demo tests/slurm
+
+# The papers' studies in small, or those that SMALL names; what they have made already is not made again.
+test-studies: $(INSTALLED)
+	for study in $(SMALL); do snakemake --cores all --configfile $$study -- all report || exit; done
+	pytest -m studies tests/studies
+
+# The report of a finished demo, or else of a small made-up study, in a headless browser, which apt installs if need be.
+test-report: $(INSTALLED)
+	pytest -m browser tests/browser
 
 # Do the numbers of a finished demo show what its charts are there to show?
 check-demo: $(INSTALLED)

@@ -1,7 +1,7 @@
 """Espalier: language models through prune, tune, quantize, evaluate, profile and plot.
 
 Config: config.yaml (the demo study), or any complete study given with --configfile.
-Targets: all (default), figures, tables, reference_figures, and each chart by its name.
+Targets: all (default), figures, tables, report, reference_figures, prefetch, and each chart by its name.
 """
 
 import gc
@@ -57,7 +57,8 @@ if not workflow.deployment_settings.deployment_method:
 RUN = f"{STUDY.root}/runs/{{model}}/s{{seed}}"
 
 
-report: "workflow/report/workflow.rst"
+onstart:
+    preflight.ask_hub(workflow, STUDY)
 
 
 wildcard_constraints:
@@ -83,6 +84,7 @@ include: "workflow/rules/environments.smk"
 include: "workflow/rules/profile.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/report.smk"
 
 
 rule all:

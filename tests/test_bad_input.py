@@ -319,7 +319,7 @@ def test_a_truncated_model_is_named(llama, tmp_path):
 
 def test_a_model_without_safetensors_is_refused(llama, tmp_path):
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds no safetensors weights"):
+    with pytest.raises(UserError, match="has no safetensors weights"):
         refer(llama, tmp_path / "pointer")
 
 

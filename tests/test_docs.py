@@ -243,7 +243,7 @@ def test_every_snakemake_command_of_the_readme_can_be_planned(project):
     text = page("README.md")
     commands = re.findall(r"^snakemake (\w+)", text, flags=re.M)
     named = re.findall(r"`(\w+)`", re.search(r"The others are (.*?)\.", text, flags=re.S)[1])
-    assert {*commands, *named} == {"reference_figures", "prefetch", *plugins.names("figures")}
+    assert {*commands, *named} == {"reference_figures", "prefetch", "report", *plugins.names("figures")}
     run = snakemake(project, "-n", *commands, *named)
     assert run.returncode == 0, run.stdout + run.stderr
 

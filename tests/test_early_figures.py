@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -346,13 +347,14 @@ def test_early_charts_are_drawn_where_jobs_ran_and_failed(tmp_path, monkeypatch,
     takeover.guard(workflow, study)
     with pytest.raises(WorkflowError, match="At least one job"):
         workflow.execute(executor_plugin=plugin, executor_settings=None)
-    assert calls == ([({"study": "e"}, study)] if drawn else [])
+    assert calls == ([(study,)] if drawn else [])
 
 
 def test_what_goes_wrong_with_early_charts_is_only_told(finished, monkeypatch):
     said = []
     monkeypatch.setattr(takeover, "_say", said.append)
-    takeover._draw_early({"study": "e"}, finished)  # no study: the script ends with a sentence
+    finished.mapping = {"study": "e"}  # no study: each script ends with the same sentence, which is said once
+    takeover._draw_early(finished)
     assert len(said) == 1
     assert said[0].startswith("error: standard input: the key 'models' is missing")
 
@@ -377,6 +379,9 @@ def test_a_run_with_a_failed_job_ends_with_an_early_chart(tmp_path, monkeypatch)
     run = snakemake(project, *given, python_path=[tmp_path])
     assert run.returncode == 1
     assert "Early charts, which say what they lack, are in figures/e/early: glue_bits (1 of 2 results)." in run.stderr
+    assert "The report, which lacks 1 of 5 results and names them, is results/e/early-report.html." in run.stderr
+    page = Path("results/e/early-report.html").read_text()
+    assert base64.b64encode(Path("figures/e/early/glue_bits.svg").read_bytes()).decode() in page
     assert "At least one job did not complete successfully." in run.stderr
     assert "<!-- Another title (early: 1 of 2 results) -->" in Path("figures/e/early/glue_bits.svg").read_text()
     assert not Path("figures/e/glue_bits.svg").exists()

@@ -24,6 +24,29 @@ def pretrained(**sizes) -> dict:
     return group_sizes.sizes_of(Model(pretrain="random-weights"), step("pretrain", "random-weights", **sizes))
 
 
+@pytest.mark.parametrize(
+    ("removed", "most"),
+    [
+        ([{"blocks": 3}], None),
+        ([{"blocks": 4}], "of the model's 4 at most 3"),
+        ([{"blocks": 2}, {"blocks": 1}], None),
+        ([{"blocks": 2}, {"blocks": 2}], "of the model's 2 at most 1"),
+        ([{"blocks": 1, "keep_first": 2, "keep_last": 1}], None),
+        ([{"blocks": 2, "keep_first": 2, "keep_last": 1}], "of the model's 4 at most 1"),
+        ([{"blocks": 1, "keep_first": 3, "keep_last": 2}], "of the model's 4 at most 0"),
+        ([{"ratio": 0.9}], None),  # its job knows the sizes
+    ],
+)
+def test_blocks_that_a_model_has_not(removed, most):
+    steps = [step("prune", "depth", criterion="magnitude", **keys) for keys in removed]
+    if most is None:
+        group_sizes.check({"num_hidden_layers": 4}, steps, "study")
+        group_sizes.check({}, steps, "study")
+        return
+    with pytest.raises(UserError, match=most):
+        group_sizes.check({"num_hidden_layers": 4}, steps, "study")
+
+
 @pytest.mark.parametrize("shape", ["llama-7b", "opt-6.7b", "chatglm2-6b"])
 def test_published_shapes_take_groups_of_128(shape):
     sizes = pretrained(shape=shape)
@@ -62,7 +85,8 @@ def test_behind_a_change_of_widths_nothing_is_known():
     group_sizes.check({"hidden_size": 192}, [narrow, ROUND], "study")
 
 
-def test_a_local_model_says_its_sizes_itself_and_one_of_the_hub_does_not(tmp_path):
+def test_a_local_model_says_its_sizes_itself_and_one_of_the_hub_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 192}))
     with pytest.raises(UserError, match="hidden_size of 192"):
         group_sizes.check(group_sizes.sizes_of(Model(path=str(tmp_path)), None), [ROUND], "study")
@@ -70,3 +94,15 @@ def test_a_local_model_says_its_sizes_itself_and_one_of_the_hub_does_not(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 192, "block_shapes": []}))
     group_sizes.check(group_sizes.sizes_of(Model(path=str(tmp_path)), None), [ROUND], "study")
     group_sizes.check(group_sizes.sizes_of(Model(hub="some/model", revision="0" * 40), None), [ROUND], "study")
+
+
+def test_a_model_of_the_hub_has_the_sizes_of_its_shape_until_its_own_are_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = Model(hub="some/model", revision="0" * 40, shape="llama-7b")
+    deep = step("quantize", "round-to-nearest", bits=4, group_size=512)
+    with pytest.raises(UserError, match=r"do not divide the model's intermediate_size of 11008\."):
+        group_sizes.check(group_sizes.sizes_of(model, None), [deep], "study")
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"intermediate_size": 1024}))
+    group_sizes.check(group_sizes.sizes_of(model, None), [deep], "study")

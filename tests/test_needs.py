@@ -15,7 +15,7 @@ from snakemake.resources import Resource
 
 import tiny
 from conftest import ROOT, snakemake
-from espalier import checkpoints, needs, plugins
+from espalier import checkpoints, needs, plugins, shapes
 from espalier.study import Study
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -113,6 +113,9 @@ def test_parameters_of_a_config_are_those_of_the_model(config):
         ({"pretrain": "random-weights", "shape": "qwen3-0.6b", "layers": 2, "weights_dtype": "float32"}, 4),
         ({"pretrain": "random-weights", "shape": "chatglm2-6b"}, 2),
         ({"pretrain": "random-weights", "config": OPT}, 2),
+        ({"pretrain": "random-weights", "shape": "llama-7b", "narrow": 32}, 2),
+        ({"pretrain": "random-weights", "shape": "opt-6.7b", "positions": 4096, "layers": 1}, 2),
+        ({"pretrain": "random-encoder", "shape": "bert-base-uncased", "narrow": 4, "layers": 2}, 4),
     ],
 )
 def test_a_model_of_ones_own_has_the_size_of_its_shapes(tmp_path, entry, bytes_each):
@@ -162,6 +165,29 @@ def test_a_model_of_the_hub_is_unknown_until_its_files_have_come(tmp_path, check
     assert needs.size(needs.study, "far") is needs.ASSUMED
     (snapshot / "elsewhere").rename(snapshot / "model.safetensors")
     assert needs.size(needs.study, "far").parameters == checkpoints.describe(checkpoint)["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "parameters", "bytes_each"),
+    [
+        ({"shape": "llama-7b"}, 6_738_415_616, 2),
+        ({"shape": "llama-7b", "dtype": "float32"}, 6_738_415_616, 4),
+        ({"shape": "bert-base-uncased", "task": "masked-lm"}, 109_514_298, 4),
+    ],
+)
+def test_a_model_of_the_hub_has_the_size_of_its_shape_until_then(
+    tmp_path, checkpoint, monkeypatch, entry, parameters, bytes_each
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    far = study(far={"hub": "someone/model", "revision": COMMIT, **entry})
+    assert needs.size(far, "far") == needs.Size(parameters, parameters * bytes_each, "shape")
+    assert needs.config_of(far, "far") == shapes.read(entry["shape"])
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    shutil.copy(checkpoint / "config.json", snapshot)  # its weights have not come yet
+    assert needs.size(far, "far").source == "shape"
+    shutil.copy(checkpoint / "model.safetensors", snapshot)
+    assert needs.size(far, "far").parameters == checkpoints.describe(checkpoint)["parameters"]
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}", b"\x04\0\0\0\0\0\0\0null"])

@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from conftest import ROOT
-from espalier import harness_tasks, hub, hub_cache, hub_download
+from espalier import harness_names, harness_tasks, hub, hub_cache, hub_download
 from espalier.errors import UserError
 from hub_server import LONG, Fault, Hub, Repository, serve
 from hub_study import DEAD, TOKEN, fetch, model_files, of_cache, study, use_cache, use_hub, words
@@ -205,6 +205,7 @@ def of_task(monkeypatch, client, cache: Path, *asked: tuple, **arguments) -> hub
 
     monkeypatch.setattr(harness_tasks, "named", named)
     monkeypatch.setattr(harness_tasks, "only_errors", nullcontext)
+    monkeypatch.setattr(harness_names, "data_sets", lambda name: set())  # of the real task
     return hub.Item("task", "boolq", needed_by=("suites.zero-shot",))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -44,11 +43,13 @@ def model(tmp_path_factory) -> dict[str, bytes]:
 DRIVER = """
 import runpy, sys
 import lm_eval.tasks
+from espalier import harness_names
 class Few(lm_eval.tasks.TaskManager):
     def __init__(self):
         super().__init__(include_path=tasks, include_defaults=False)
 _, tasks, *sys.argv = sys.argv
 lm_eval.tasks.TaskManager = Few
+harness_names._folder = lambda: tasks
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 JOB = """
@@ -300,7 +301,7 @@ def test_a_study_without_prefetch_stops_at_once_and_with_it_runs_offline(model, 
     with serve() as server:
         revision = server.add("models", "someone/tiny", model, token=TOKEN)
         commits = {"tiny": revision, "words": server.add("datasets", "someone/words", words(0))}
-        mapping = dataclasses.asdict(study(tmp_path, commits, calibrations=calibrations).config)
+        mapping = study(tmp_path, commits, calibrations=calibrations).mapping
         (project / "s.yaml").write_text(yaml.safe_dump(mapping))
         for name, value in {**of_cache(tmp_path / "cache", server.endpoint), "HF_TOKEN": TOKEN}.items():
             monkeypatch.setenv(name, value)
@@ -327,12 +328,12 @@ def test_a_study_without_prefetch_stops_at_once_and_with_it_runs_offline(model, 
 
 def test_a_new_pin_reruns_what_reads_it_and_nothing_else(tmp_path):
     project = copy_project(tmp_path / "project")
-    suites = {**SUITE, "zero-shot": {"evaluate": "harness", "tasks": ["capitals"]}}
-    scoring = {"ask": {"profile": "scoring", "tasks": ["capitals"]}, "long": LENGTHS}
+    suites = {**SUITE, "zero-shot": {"evaluate": "harness", "tasks": ["boolq"]}}
+    scoring = {"ask": {"profile": "scoring", "tasks": ["boolq"]}, "long": LENGTHS}
     measure = [{"model": "m", "chains": ["dense"], "suites": list(suites), "workloads": list(scoring)}]
     commits = {"tiny": "a" * 40, "words": "b" * 40}
     of = study(tmp_path, commits, suites=suites, workloads=scoring, measure=measure)
-    (project / "s.yaml").write_text(yaml.safe_dump(dataclasses.asdict(of.config)))
+    (project / "s.yaml").write_text(yaml.safe_dump(of.mapping))
     results = [str(Path("results", *Path(path).relative_to(of.results).parts)) for path in of.raw_results()]
     (project / "results/s/runs/m/s0/dense/model").mkdir(parents=True)
     for path in results:
@@ -341,7 +342,7 @@ def test_a_new_pin_reruns_what_reads_it_and_nothing_else(tmp_path):
     common = ("--configfile", "s.yaml", "--cores", "1")
     made = snakemake(project, *results, *common, "--touch", "--forceall")
     assert made.returncode == 0, made.stderr
-    question = {"by_task": True, "tasks": ["capitals"], "id": "questions", "arguments": {}, "revision": "c" * 40}
+    question = {"by_task": True, "tasks": ["boolq"], "id": "questions", "arguments": {}, "revision": "c" * 40}
     (project / "results/s/prefetch.json").write_text(json.dumps({"items": [question]}))
     again = snakemake(project, *results, *common, "-n")
     assert again.returncode == 0, again.stderr

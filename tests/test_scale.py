@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tiny
 from conftest import copy_project, snakemake
 from test_reruns import jobs
 
@@ -29,7 +30,10 @@ STUDY = {
     "study": "scale",
     "device": "cpu",
     "datasets": {"world": {"generate": "demo"}},
-    "models": {"tiny": {"pretrain": "demo-decoder", "text": {**WORLD, "split": "pretrain"}, "seeds": list(SEEDS)}},
+    "models": {
+        "tiny": {"pretrain": "demo-decoder", "text": {**WORLD, "split": "pretrain"}, "seeds": list(SEEDS)},
+        "far": {"hub": "someone/model", "revision": 40 * "0", "shape": "llama-7b"},
+    },
     "calibrations": {"few": {"text": {**WORLD, "split": "calibration"}, "samples": 10, "length": 64}},
     "recipes": {
         **{f"depth-{n}": {"prune": "depth", "blocks": n, "calibration": "few"} for n in REMOVED},
@@ -46,6 +50,7 @@ STUDY = {
     },
     "measure": [
         {"model": "tiny", "chains": list(CHAINS), "suites": ["heldout", *TASKS], "workloads": ["memory"]},
+        {"model": "far", "chains": ["dense"], "workloads": ["memory"]},
     ],
     "figures": {},
 }
@@ -76,6 +81,8 @@ def finished(tmp_path_factory) -> Path:
     stand_in.write_text(STAND_IN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BASH_ENV", str(stand_in))
+        patch.setenv("HF_HUB_CACHE", str(far := tmp_path_factory.mktemp("hub")))  # nobody is asked for what it holds
+        tiny.llama(far / "models--someone--model" / "snapshots" / (40 * "0"))
         run = snakemake(project, "--cores", "8", "--configfile", "scale.yaml")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert len(outputs()) == 1000
@@ -121,6 +128,8 @@ def test_an_edit_to_one_recipe_lists_exactly_its_jobs(finished, recipe, change, 
 
 
 def test_a_new_seed_adds_its_own_jobs_and_no_other(finished):
+    """And another shape adds none: what it stood for is there by now."""
     study = copy.deepcopy(STUDY)
     study["models"]["tiny"]["seeds"].append(5)
+    study["models"]["far"]["shape"] = "llama-13b"
     assert jobs_of(finished, study) == outputs(seeds=[5]) | {TABLE}

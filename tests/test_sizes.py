@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import runpy
@@ -16,7 +17,7 @@ import yaml
 import families
 import tiny
 from conftest import ROOT
-from espalier import checkpoints, sizes
+from espalier import checkpoints, shapes, sizes
 from espalier.errors import UserError
 from espalier.study import Study
 
@@ -58,7 +59,18 @@ def counts(mapping: dict) -> dict[str, tuple[int, bool]]:
     return {one.chain: (one.parameters, one.exact) for one in sizes.of_study(Study(mapping, "study.yaml"))}
 
 
-def test_llama_7b(tmp_path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"pretrain": "random-weights", "shape": "llama-7b"},
+        {"hub": "huggyllama/llama-7b", "revision": "0" * 40, "shape": "llama-7b"},
+    ],
+    ids=["random weights", "hub"],
+)
+def test_llama_7b(tmp_path, monkeypatch, model):
+    """Also as a model of the hub of which nothing was ever downloaded, and without internet."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipes: dict = {
         f"depth-{blocks}": {"prune": "depth", "blocks": blocks, "calibration": "few"} for blocks in (6, 9, 15, 20)
     }
@@ -68,7 +80,7 @@ def test_llama_7b(tmp_path):
     }
     recipes |= {"lora": LORA, "w4": {"quantize": "bitsandbytes", "bits": 4}}
     chains = ["dense", *(f"dense+{name}" for name in recipes if name[0] in "dp"), "dense+depth-9+lora+w4"]
-    found = counts(study(tmp_path, {"pretrain": "random-weights", "shape": "llama-7b"}, recipes, chains))
+    found = counts(study(tmp_path, model, recipes, chains))
     assert found.pop("dense") == (LLAMA_7B, True)
     assert [round(found[f"dense+depth-{blocks}"][0] / 1e9, 3) for blocks in (6, 9, 15, 20)] == [
         5.524,
@@ -77,7 +89,7 @@ def test_llama_7b(tmp_path):
         2.691,
     ]
     assert found == {
-        "dense+depth-6": (LLAMA_7B - 6 * BLOCK, True),
+        "dense+depth-6": (5_524_115_456, True),  # LLAMA_7B - 6 * BLOCK
         "dense+depth-9": (LLAMA_7B - 9 * BLOCK, True),
         "dense+depth-9+lora": (LLAMA_7B - 9 * BLOCK, True),
         "dense+depth-9+lora+w4": (LLAMA_7B - 9 * BLOCK, True),
@@ -157,6 +169,56 @@ def test_size_that_cannot_be_met_names_the_chain(tmp_path, recipe, named):
     sentence = str(error.value)
     assert sentence.startswith("study.yaml: model, chain 'dense+small': ")
     assert named in sentence
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"hub": "a/b", "revision": "0" * 40, "shape": "lama-7b"}, "no shape 'lama-7b' .* Did you mean 'llama-7b'"),
+        ({"path": "{here}", "shape": "llama-7b"}, "a local folder says its sizes itself: leave out the key 'shape'"),
+        ({"pretrain": "random-weights", "shape": "lama-7b"}, "no shape 'lama-7b' .* Did you mean 'llama-7b'"),
+    ],
+)
+def test_shape_that_cannot_be(tmp_path, entry, message):
+    model = {key: value.format(here=tmp_path) for key, value in entry.items()}
+    with pytest.raises(UserError, match=rf"study.yaml: models.model: .*{message}"):
+        Study(study(tmp_path, model, {}, ["dense"]), "study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"num_key_value_heads": None}, None),  # as in old configs: as many as heads
+        ({"num_hidden_layers": 30}, "num_hidden_layers 32, but the model has 30"),
+        ({"num_key_value_heads": 8, "vocab_size": 9}, "num_key_value_heads 32, .* has 8, vocab_size 32000, .* has 9"),
+        (
+            {"num_attention_heads": 64, "num_key_value_heads": None},
+            "num_attention_heads 32, .* 64, num_key_value_.* 64",
+        ),
+        ({"model_type": "own", "num_layers": 3}, None),  # a size by a name of its own is not known
+    ],
+)
+def test_shape_that_a_model_turns_out_not_to_have(change, message):
+    config = {**shapes.read("llama-7b"), "hidden_act": "relu", **change}
+    expected = contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
+    with expected:
+        shapes.check_config("llama-7b", config, "models.x.shape")
+
+
+def test_a_model_is_compared_with_its_shape_once_it_is_there(tmp_path):
+    """By the script of the rule, which leaves no pointer to a model of another shape."""
+    model = tiny.llama(tmp_path / "model", hidden=16, mlp=24)
+    script = runpy.run_path(str(ROOT / "workflow" / "scripts" / "fetch_model.py"))
+    reference = {"path": str(model), "id": None, "revision": None, "task": "causal-lm", "dtype": "auto"}
+    given = ["--reference", json.dumps({**reference, "trust_remote_code": False, "convert": False})]
+    given += ["--output", str(tmp_path / "pointer"), "--step", str(tmp_path / "step.json"), "--study", "s"]
+    given += ["--model-name", "mine", "--seed", "0", "--chain", "dense", "--name", "dense"]
+    with pytest.raises(UserError, match=r"models.mine.shape: the shape 'llama-7b' says .*hidden_size 4096, .* has 16"):
+        script["main"]([*given, "--shape", "llama-7b"])
+    assert not (tmp_path / "pointer").exists()
+    script["main"](given)
+    assert checkpoints.describe(tmp_path / "pointer")["format"] == "reference"
 
 
 def test_model_of_the_hub_without_network(tmp_path, monkeypatch):

@@ -47,6 +47,16 @@ def test_mixed_devices_libraries_and_code_are_told():
     ]
 
 
+def test_two_models_may_come_from_code_of_their_own():
+    one, other = (
+        result(kind="step", identity=result()["identity"] | {"model": name, "name": "dense"}) for name in "ab"
+    )
+    other["provenance"] = other["provenance"] | {"code": "d"}
+    assert tables.incomparable([one, other]) == []
+    other["identity"]["model"] = "a"
+    assert len(tables.incomparable([one, other])) == 1
+
+
 def test_a_timing_beside_other_work_is_told():
     row = {"task": "generation", "metric": "cpu_of_others", "value": 0.04, "unit": "fraction"}
     calm = result(measurements=[row])

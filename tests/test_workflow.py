@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -196,13 +197,21 @@ def test_a_truncated_result_is_named_and_the_old_table_stays(smoke):
 
 
 def test_the_report_is_written(smoke):
-    snakemake(smoke, "--cores", "2", *STUDY)
-    run = snakemake(smoke, *STUDY, "--report", "results/smoke/report.html")
+    run = snakemake(smoke, "--cores", "2", *STUDY, "--", "all", "report")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     text = (smoke / "results/smoke/report.html").read_text()
     for name in CHARTS:
-        assert name in text
-    assert "quantized variants" in text
+        assert f'<h3 id="chart-{name}">' in text
+        picture = base64.b64encode((smoke / f"figures/smoke/{name}.svg").read_bytes()).decode()
+        assert picture in text
+    assert "Quantized variants" in text
+    assert "Nothing: every result that the study asks for is there" in text
+    page = smoke / "docs/metrics.md"
+    for end, again in (("", set()), ("\nA word more.\n", {"write_report"})):
+        page.write_text(page.read_text() + end)
+        run = snakemake(smoke, "-n", *STUDY, "--", "all", "report")
+        jobs = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, flags=re.M))
+        assert jobs - {"all", "report"} == again, run.stdout
 
 
 def test_a_killed_job_leaves_nothing_half_made_and_the_same_command_finishes(smoke):

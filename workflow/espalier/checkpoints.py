@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import gptq_loading, hub_cache, lowbit_loading, memory, packed_loading
+from espalier import gptq_loading, hub_cache, lowbit_loading, memory, packed_loading, pickled_weights
 from espalier.errors import UserError, first_line
 from espalier.files import read_json, sha256, write_json
 
@@ -110,37 +110,43 @@ def write_description(folder: Path, info: dict) -> None:
 def refer(folder: Path, reference: dict) -> dict:
     """Write a pointer to a local folder or a hub model into `folder`, once it is known to be there and whole.
 
-    `reference` has path, or id and revision; task; dtype; trust_remote_code. A hub model is downloaded into the hub's
-    cache. Returns the checksums of the weight files. Raises UserError for a model that is missing or damaged.
+    `reference` has path, or id and revision; task; dtype; trust_remote_code; and convert, if weights in PyTorch's own
+    format are to be written into `folder` as safetensors, which then is a checkpoint of its own. A hub model is
+    downloaded into the hub's cache. Returns the checksums of the weight files. Raises UserError for a model that is
+    missing or damaged.
     """
+    convert = reference.get("convert", False)
     if reference["path"]:
         source = Path(reference["path"]).resolve()
         if not (source / "config.json").is_file():
             raise UserError(f"{source} is not a checkpoint folder: it has no config.json.")
     else:
-        source = _download(reference["id"], reference["revision"])
+        source = _download(reference["id"], reference["revision"], convert)
     if quantized := read_json(source / "config.json").get("quantization_config"):
         raise UserError(
             f"{source} is quantized already ({quantized.get('quant_method')}). Name the model that it was made from,"
             " and quantize that by a recipe: then what is measured is known."
         )
-    weights = sorted(source.glob("*.safetensors"))
-    if not weights:
-        raise UserError(
-            f"{source} holds no safetensors weights; other formats can run code when loaded and are refused."
-        )
-    sizes = [_sizes(file) for file in weights]
-    stored = sum(count for count, _ in sizes)
-    info = {
-        **{key: reference[key] for key in ("id", "revision", "task", "dtype", "trust_remote_code")},
-        "format": "reference",
-        "path": str(source) if reference["path"] else None,
-        "parameters": stored,
-        "bits": 8 * sum(size for _, size in sizes) / stored,
-    }
-    write_description(folder, info)
-    # The files may hold a tied weight twice, and buffers.
-    write_description(folder, {**info, "parameters": logical_parameters(skeleton(folder))})
+    if lack := hub_cache.lack_of_weights([file.name for file in source.iterdir()], convert):
+        raise UserError(f"{source} {lack}")
+    info = {key: reference[key] for key in ("id", "revision", "task", "dtype", "trust_remote_code")}
+    if reference["path"] and (source / DESCRIPTION).is_file():  # that its weights are random stays true of them
+        info = {**inherited(read_json(source / DESCRIPTION)), **info}
+    if convert:
+        weights = pickled_weights.files(source)
+        pickled_weights.copy_rest(source, folder, reference["trust_remote_code"])
+        info |= {"format": "transformers"}
+    else:
+        weights = sorted(source.glob("*.safetensors"))
+        info |= {"format": "reference", "path": str(source) if reference["path"] else None}
+    write_description(folder, {**info, "parameters": 0})
+    model = skeleton(folder)
+    if convert:
+        pickled_weights.convert(weights, folder, tied=getattr(model.config, "tie_word_embeddings", False))
+    sizes = [_sizes(file) for file in sorted((folder if convert else source).glob("*.safetensors"))]
+    bits = 8 * sum(size for _, size in sizes) / sum(count for count, _ in sizes)
+    # Counted by the model: the files may hold a tied weight twice, and buffers.
+    write_description(folder, {**info, "parameters": logical_parameters(model), "bits": bits})
     return {"sha256": {file.name: sha256(file) for file in weights}}
 
 
@@ -272,14 +278,18 @@ def know_pruned(source: str | Path) -> None:
             getattr(pruned, name)
 
 
-def _download(name: str, revision: str) -> Path:
+def _download(name: str, revision: str, convert: bool = False) -> Path:
     import httpx
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     offline = hub_cache.switched_off()
-    options = {"allow_patterns": hub_cache.MODEL_FILES, "local_files_only": offline}
+    options = {"allow_patterns": hub_cache.model_files(convert), "local_files_only": offline}
     try:
+        if convert and not offline:  # safetensors would not be downloaded, and so not be seen
+            with contextlib.suppress(httpx.TransportError):  # the cache may hold the model
+                if lack := hub_cache.lack_of_weights(HfApi().list_repo_files(name, revision=revision), convert):
+                    raise UserError(f"The model {name}, revision {revision}, {lack}")
         return Path(snapshot_download(name, revision=revision, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, httpx.HTTPError) as error:
         advice = " Run `snakemake prefetch` where there is internet." if offline else ""

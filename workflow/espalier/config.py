@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from espalier import chains, plugins
+from espalier import chains, plugins, shapes
+from espalier.comparisons import Comparison
 from espalier.data import Calibration, Dataset, fingerprint
 from espalier.errors import UserError, did_you_mean
 from espalier.recipes import as_dict, build
@@ -34,6 +35,7 @@ class Config:
     study: str  # names the folders results/{study} and figures/{study}
     models: dict[str, dict]  # name: where a model comes from, and its seeds
     figures: dict[str, dict]  # name of a chart module: what the chart plots
+    base: str | None = None  # path of another study, which this file then changes: see overlays.py
     title: str = ""  # one line for the report
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where jobs run; auto takes CUDA where there is one
     axes: dict[str, list[str | int]] = field(default_factory=dict)  # name: values that {name} stands for in other names
@@ -43,6 +45,7 @@ class Config:
     suites: dict[str, dict] = field(default_factory=dict)  # name: an evaluation
     workloads: dict[str, dict] = field(default_factory=dict)  # name: a measurement of time and memory
     measure: list[Measure] = field(default_factory=list)  # what to measure beyond what the charts plot
+    compare: list[Comparison] = field(default_factory=list)  # published values beside ours: tables/published.csv
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Model:
     task: Literal["causal-lm", "masked-lm", "sequence-classification"] = "causal-lm"  # for path and hub
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # for path and hub: in which weights are loaded
     trust_remote_code: bool = False  # for path and hub: whether code in the checkpoint may run
+    convert: bool = False  # for path and hub: weights in PyTorch's own format are written as safetensors first
+    shape: str | None = None  # for hub: the file of reference/shapes that says its sizes until it is in the cache
     seeds: list[int] = field(default_factory=lambda: [0])  # each seed is a run of its own
 
     def check(self) -> None:
@@ -73,6 +78,12 @@ class Model:
             raise ValueError("a model needs exactly one of the keys 'pretrain', 'path' and 'hub'.")
         if self.hub and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
             raise ValueError("a model of the hub needs 'revision', the 40 hexadecimal digits of a commit.")
+        if self.convert and self.pretrain:
+            raise ValueError("'convert' is for a model of the hub or of a path.")
+        if self.shape and self.path:
+            raise ValueError("a model of a local folder says its sizes itself: leave out the key 'shape'.")
+        if self.shape and self.hub:
+            shapes.check(self.shape)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError("'seeds' must be different whole numbers from 0, at least one.")
 
@@ -85,12 +96,18 @@ class DatasetEntry:
     path: str | None = None  # a local folder of {config}/{split}.jsonl
     hub: str | None = None  # an id of the Hugging Face hub
     revision: str | None = None  # for hub: the commit, 40 hexadecimal digits
+    files: list[str] = field(default_factory=list)  # for hub: only these files or patterns, all as the split "train"
 
     def check(self) -> None:
         if sum(source is not None for source in (self.generate, self.path, self.hub)) != 1:
             raise ValueError("a dataset needs exactly one of the keys 'generate', 'path' and 'hub'.")
         if self.hub and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
             raise ValueError("a dataset of the hub needs 'revision', the 40 hexadecimal digits of a commit.")
+        if self.files and not self.hub:
+            raise ValueError("'files' are those of a dataset of the hub.")
+        for file in self.files:
+            if not file or file.startswith("/") or "://" in file or "::" in file or ".." in file.split("/"):
+                raise ValueError(f"'files' are paths inside the repository of the dataset, and '{file}' is none.")
 
 
 @dataclass(frozen=True)
@@ -151,9 +168,11 @@ def resolve(mapping: dict, file: str, results: str = "results") -> Resolved:
         where = f"{file}: models.{name}"
         own = set(Model.__dataclass_fields__)
         extra = {key: value for key, value in entry.items() if key not in own}
-        if extra and "pretrain" not in entry:
+        if extra and entry.get("pretrain") is None:
             key = next(iter(extra))
             raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, own)}")
+        if "shape" in entry:  # of a model that the study makes, its recipe says what that means
+            extra["shape"] = entry["shape"]
         models[name] = model = build(Model, {key: entry[key] for key in entry if key in own}, where)
         if model.pretrain:
             pretrain_entries[name] = {"pretrain": model.pretrain, **extra}
@@ -244,7 +263,7 @@ def _datasets(config: Config, file: str, results: str) -> tuple[dict[str, dict],
         where = f"{file}: datasets.{name}"
         own = set(DatasetEntry.__dataclass_fields__)
         extra = {key: value for key, value in entry.items() if key not in own}
-        if extra and "generate" not in entry:
+        if extra and entry.get("generate") is None:
             key = next(iter(extra))
             raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, own)}")
         source = build(DatasetEntry, {key: entry[key] for key in entry if key in own}, where)
@@ -258,7 +277,7 @@ def _datasets(config: Config, file: str, results: str) -> tuple[dict[str, dict],
                 raise UserError(f"{where}.path: there is no folder {source.path}.")
             resolved = Dataset(name, "local", path=source.path, fingerprint=fingerprint(Path(source.path)))
         else:
-            resolved = Dataset(name, "hub", id=source.hub, revision=source.revision)
+            resolved = Dataset(name, "hub", id=source.hub, revision=source.revision, files=tuple(source.files))
         datasets[name] = as_dict(resolved)
     return datasets, generated
 

@@ -7,11 +7,12 @@ Hugging Face hub with a pinned revision.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -33,6 +34,7 @@ class Dataset:
     fingerprint: str | None = None  # of a local folder's files: a change of them is a change of the recipe
     id: str | None = None
     revision: str | None = None
+    files: tuple[str, ...] = ()  # of hub: the only files that are read, all as the split train; none: the config's own
 
     def rows(self, split: str, config: str | None = None) -> list[dict]:
         """Return all rows of a split. Raises UserError for a split or config that does not exist."""
@@ -41,6 +43,15 @@ class Dataset:
     def each(self, split: str, config: str | None = None) -> Iterator[dict]:
         """Yield the rows of a split one by one, and hold none. Raises the errors of `rows`."""
         yield from _hub_rows(self, split, config) if self.source == "hub" else _local_rows(self, split, config)
+
+    def check_part(self, split: str, config: str | None) -> None:
+        """Raise ValueError for a split or config that a dataset which names its files cannot have."""
+        splits = {one.partition("[")[0].strip() for one in split.split("+")}
+        if self.files and (config is not None or splits != {"train"}):
+            raise ValueError(
+                f"the dataset '{self.name}' names its files, which together are the split 'train' without a config, and"
+                f" not split '{split}'{f' of config {config!r}' if config else ''}."
+            )
 
 
 def fingerprint(folder: Path) -> str:
@@ -63,35 +74,52 @@ class Text:
     config: str | None = None  # subset of the dataset
     column: str = "text"  # the rows' column that holds the documents
 
+    def check(self) -> None:
+        self.dataset.check_part(self.split, self.config)
+
     def documents(self) -> list[str]:
         """Return the non-empty documents, in the dataset's order."""
         return [document for _, document in self.numbered()]
 
     def numbered(self) -> Iterator[tuple[int, str]]:
         """Yield the non-empty documents one by one, each with the number of its row in the split, from 0."""
-        for number, row in enumerate(self.dataset.each(self.split, self.config)):
+        return ((number, document) for number, document in enumerate(self.each()) if document.strip())
+
+    def each(self) -> Iterator[str]:
+        """Yield the documents one by one, empty ones too. Raises UserError for a column that does not exist."""
+        for row in self.dataset.each(self.split, self.config):
             if self.column not in row:
                 raise UserError(
                     f"The dataset '{self.dataset.name}', split '{self.split}', has no column '{self.column}'."
                     + did_you_mean(self.column, row)
                 )
-            if row[self.column].strip():
-                yield number, row[self.column]
+            yield row[self.column]
 
     def overlaps(self, other: Text) -> bool:
         """Return whether both name rows of the same split, whatever their column, revision and dataset's name.
 
-        Two slices of a split of the hub, such as train[:10%] and train[10%:], are taken to be different rows.
+        Two slices of a split of the hub, such as train[:10%] and train[10%:], are taken to be different rows, and so
+        are files of a data set of the hub that are named, and its splits.
         """
         if self.dataset.source != "hub" or other.dataset.source != "hub":
             return _place(self) == _place(other)
         if (self.dataset.id, self.config) != (other.dataset.id, other.config):
+            return False
+        if not _share_files(self.dataset.files, other.dataset.files):
             return False
         pairs = itertools.product(self.split.split("+"), other.split.split("+"))
         return any(
             one.split("[")[0] == two.split("[")[0] and (one == two or "[" not in one or "[" not in two)
             for one, two in pairs
         )
+
+
+def _share_files(some: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether a name or pattern of one list is, or matches, one of the other; without names in both, True."""
+    if not some or not others:
+        return not some and not others
+    pairs = itertools.product(some, others)
+    return any(fnmatch.fnmatchcase(one, two) or fnmatch.fnmatchcase(two, one) for one, two in pairs)
 
 
 def _place(text: Text) -> tuple:
@@ -204,6 +232,7 @@ def _local_rows(dataset: Dataset, split: str, config: str | None) -> Iterator[di
 
 def _hub_rows(dataset: Dataset, split: str, config: str | None) -> Iterable[dict]:
     try:
-        return hub_cache.open_dataset(dataset.id, config, split, dataset.revision)
+        dataset.check_part(split, config)
+        return hub_cache.open_dataset(dataset.id, config, split, dataset.revision, files=dataset.files)
     except (OSError, ValueError) as error:
         raise UserError(f"The dataset '{dataset.name}' ({dataset.id}, split '{split}'): {error}") from error

@@ -33,9 +33,9 @@ class Documents:
         self.stream = _hub_stream(text) if self.hub else None
 
     def fingerprint(self) -> str:
-        """Return what changes when the documents may have changed: the revision, or the file's size and time."""
+        """Return what changes when the documents may have: revision and files, or the file's size and time."""
         if self.hub:
-            return f"{self.text.dataset.id} {self.text.dataset.revision}"
+            return " ".join([self.text.dataset.id, self.text.dataset.revision, *self.text.dataset.files])
         status = self.file.stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -140,6 +140,7 @@ class Windows:
 def _hub_stream(text: Text):
     dataset = text.dataset
     try:
-        return hub_cache.open_dataset(dataset.id, text.config, text.split, dataset.revision, streaming=True)
+        where = (dataset.id, text.config, text.split, dataset.revision)
+        return hub_cache.open_dataset(*where, streaming=True, files=dataset.files)
     except (OSError, ValueError) as error:
         raise UserError(f"The dataset '{dataset.name}' ({dataset.id}, split '{text.split}'): {error}") from error

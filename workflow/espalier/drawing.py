@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import plugins, tables
+from espalier import plugins, published_points, tables
 from espalier.errors import UserError
 from espalier.files import whole_file
 from espalier.recipes import build
@@ -18,15 +18,20 @@ EARLY = "early"  # folder, beside complete charts, of charts that still lack res
 SUFFIXES = (".pdf", ".svg", ".png", ".csv")
 
 
-def measured(figure: str, content: dict, results: list[dict]) -> tuple[DataFrame, str]:
+def measured(
+    figure: str, content: dict, results: list[dict], papers: Path = published_points.PAPERS
+) -> tuple[DataFrame, str]:
     """Return the points of a chart of raw results, and its title; `content` is the chart's recipe.
 
-    Raises UserError if the recipe or a result is not what the chart needs.
+    If it says `published: true`, the published points follow, from the folder `papers`. Raises UserError if the recipe
+    or a result is not what the chart needs.
     """
     module = plugins.load("figures", figure)
     keys = {key: value for key, value in content.items() if key != "figures"}
     recipe = build(module.Recipe, keys, f"figures.{figure}")
     points = module.measured(recipe, results if getattr(module, "SAMPLES", False) else tables.frame(results))
+    if getattr(recipe, "published", False):
+        points = published_points.joined(points, module.published(papers))
     return points, recipe.title
 
 

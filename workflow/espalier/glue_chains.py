@@ -35,9 +35,17 @@ def check(name: str, model: Model, steps: Sequence[Step], where: str) -> None:
 
 
 def check_data(steps: Sequence[Step], where: str) -> None:
-    """Raise UserError, opened by `where`, if a local dataset lacks the task, or a split of it, that a step reads."""
+    """Raise UserError, opened by `where`, if a dataset lacks the task, or a split of it, that a step reads.
+
+    Of the hub's data sets nothing is known here but that named files hold no task.
+    """
     for step, task in _with_task(steps):
         dataset = step.recipe.dataset
+        if dataset.files:
+            raise UserError(
+                f"{where}: {_say(step)}: the dataset '{dataset.name}' names its files, and a GLUE task is a config of a"
+                " data set of the hub: leave out its key 'files'."
+            )
         splits = [step.recipe.split] if hasattr(step.recipe, "split") else glue_tasks.TASKS[task].splits.values()
         for split in splits if dataset.source == "local" else ():
             try:

@@ -35,6 +35,13 @@ class Item:
     splits: tuple[str, ...] = ()  # of a data set, those that are read by their names
     needed_by: tuple[str, ...] = ()  # entries of the study's config
     trust_remote_code: bool = False  # whether code that a model carries may run
+    convert: bool = False  # whether a model's weights are in PyTorch's own format
+    data_files: tuple[str, ...] = ()  # of a data set, the only files that are read; none: those of the config
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `datasets.load_dataset` gets beside name, config and revision, as the manifest holds it."""
+        return hub_cache.arguments_of(self.data_files)
 
 
 def needed(study: Study) -> list[Item]:
@@ -45,7 +52,7 @@ def needed(study: Study) -> list[Item]:
     """
     found: dict[tuple, Item] = {}
     for item in _named(study):
-        key = (item.kind, item.id, item.config or "", item.revision or "")
+        key = (item.kind, item.id, item.config or "", item.revision or "", item.convert, item.data_files)
         have = found.get(key, item)
         splits, needed_by = {*have.splits, *item.splits}, {*have.needed_by, *item.needed_by}
         found[key] = dataclasses.replace(
@@ -64,7 +71,14 @@ def _named(study: Study) -> Iterator[Item]:
     workloads = {one.name for one in study.wanted if one.kind == "profile"}
     for name in models:
         if (entry := resolved.models[name]).hub:
-            yield Item("model", entry.hub, None, entry.revision, (), (f"models.{name}",), entry.trust_remote_code)
+            yield Item(
+                "model",
+                entry.hub,
+                revision=entry.revision,
+                needed_by=(f"models.{name}",),
+                trust_remote_code=entry.trust_remote_code,
+                convert=entry.convert,
+            )
     for name, calibration in resolved.calibrations.items():
         yield from _datasets(calibration, f"calibrations.{name}")
     sections = {
@@ -94,7 +108,8 @@ def _datasets(part: Any, where: str) -> Iterator[Item]:
         names = tuple(split.partition("[")[0] for split in splits)
         if names == ("all",):  # what the datasets library calls all splits together
             names = ()
-        yield Item("dataset", dataset.id, config, dataset.revision, names, (where, f"datasets.{dataset.name}"))
+        by = (where, f"datasets.{dataset.name}")
+        yield Item("dataset", dataset.id, config, dataset.revision, names, by, data_files=dataset.files)
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, Dataset):
@@ -144,22 +159,27 @@ def written(study: Study) -> list[Path]:
 
 def check(study: Study) -> None:
     """Raise one UserError that names all that the study needs of the hub and that is not whole in the cache."""
-    wanted = needed(study)
-    file = manifest_file(study)
-    manifest = read_json(file) if wanted and file.is_file() else {"items": [], "tasks": []}
-    roots = hub_cache.roots()
-    missing = [(item, lack) for item in wanted if (lack := _lack(item, manifest, roots))]
-    if missing:
-        names = "; ".join(f"{say(item)}: {lack}" for item, lack in missing)
+    if missing := lacking(study, needed(study)):
+        cache = hub_cache.roots()["hub"].parent
+        names = "; ".join(f"{say(item)}: {lack}" for item, lack in missing.items())
         raise UserError(
-            f"{study.file}: the jobs cannot ask the hub, and its cache ({roots['hub'].parent}) lacks what they need:"
-            f" {names}. Where there is internet, type: snakemake prefetch --configfile {shlex.quote(study.file)}"
+            f"{study.file}: the jobs cannot ask the hub, and its cache ({cache}) lacks what they need: {names}."
+            f" Where there is internet, type: snakemake prefetch --configfile {shlex.quote(study.configfile)}"
         )
+
+
+def lacking(study: Study, items: list[Item]) -> dict[Item, str]:
+    """Return those of the items that are not whole in the cache as the study's manifest lists them, and why."""
+    file = manifest_file(study)
+    manifest = read_json(file) if items and file.is_file() else {"items": [], "tasks": []}
+    roots = hub_cache.roots()
+    return {item: lack for item in items if (lack := _lack(item, manifest, roots))}
 
 
 def say(item: Item) -> str:
     """Return what an item is and which entries of the study need it, for a message."""
     config = f", config {item.config}" if item.config else ""
+    config += f", files {', '.join(item.data_files)}" if item.data_files else ""
     revision = f" at {item.revision[:12]}" if item.revision else ""
     what = {"model": "model", "dataset": "data set", "task": "harness task"}[item.kind]
     return f"{what} {item.id}{config}{revision} ({', '.join(item.needed_by)})"
@@ -174,10 +194,15 @@ def _lack(item: Item, manifest: dict, roots: dict[str, Path]) -> str | None:
         alike = [
             one for one in manifest["items"] if (one["kind"], one["id"], one["by_task"]) == (item.kind, item.id, False)
         ]
-        found = [one for one in alike if (one["config"], one["revision"]) == (item.config, item.revision)]
+        which = (item.config, item.revision, item.arguments, item.convert)
+        found = [
+            one
+            for one in alike
+            if (one["config"], one["revision"], one["arguments"], one.get("convert", False)) == which
+        ]
         known = bool(found)
         if alike and not known:
-            return "prefetched at another revision or config only"
+            return "prefetched at another revision, config or choice of files only"
     if not known:
         return "never prefetched"
     for split in item.splits:

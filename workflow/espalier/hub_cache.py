@@ -8,19 +8,27 @@ gets the manifest's.
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.errors import UserError
+from espalier.errors import UserError, did_you_mean
 from espalier.files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset
 
 MANIFEST = "ESPALIER_PREFETCH"  # the environment variable that names the study's manifest
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+PLAIN_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # of a model: data that any program can read
+PICKLED_FILES = ["pytorch_model.bin", "pytorch_model-*.bin"]  # weights in PyTorch's own format
+NO_SAFETENSORS = (
+    "no safetensors weights; other formats can run code when loaded and are refused. Where they are pytorch_model*.bin,"
+    " `convert: true` in the model's entry has them written as safetensors, and runs nothing that they hold."
+)
 # What does not change the rows that load_dataset returns.
 IMMATERIAL = ("token", "cache_dir", "download_mode", "trust_remote_code", "num_proc", "keep_in_memory")
 
@@ -45,6 +53,23 @@ def snapshot(kind: str, name: str, revision: str) -> str:
     return f"{kind}s--{name.replace('/', '--')}/snapshots/{revision}"
 
 
+def model_files(convert: bool) -> list[str]:
+    """Return the patterns of the files of a model that are read; `convert` takes weights in PyTorch's own format."""
+    return [*PLAIN_FILES, "*.py", *(PICKLED_FILES if convert else ["*.safetensors"])]
+
+
+def lack_of_weights(files: Iterable[str], convert: bool) -> str | None:
+    """Return why a model with these files, named from its top, cannot be read, as "has …."; None if it can."""
+    top = [name for name in files if "/" not in name]
+    if any(name.endswith(".safetensors") for name in top):
+        return "has safetensors weights: leave out the key 'convert' of its entry." if convert else None
+    if not convert:
+        return f"has {NO_SAFETENSORS}"
+    if any(fnmatch.fnmatch(name, pattern) for name in top for pattern in PICKLED_FILES):
+        return None
+    return "has neither safetensors weights nor pytorch_model*.bin, which the key 'convert' of its entry asks for."
+
+
 def size_of(file: Path) -> int | None:
     """Return a file's bytes; None if it is not there."""
     try:
@@ -54,14 +79,25 @@ def size_of(file: Path) -> int | None:
 
 
 def open_dataset(
-    name: str, config: str | None, split: str, revision: str, streaming: bool = False
+    name: str, config: str | None, split: str, revision: str, streaming: bool = False, files: Sequence[str] = ()
 ) -> Dataset | IterableDataset:
-    """Return a split of a data set at a commit. Raises OSError or ValueError of the datasets library, or UserError."""
+    """Return a split of a data set at a commit; with `files`, of these alone, which are the split train.
+
+    Raises OSError or ValueError of the datasets library, or UserError.
+    """
     if switched_off():
-        builder = _prefetched({"id": name, "config": config, "revision": revision, "arguments": {}, "by_task": False})
+        wanted = {"id": name, "config": config, "revision": revision, "arguments": arguments_of(files)}
+        builder = _prefetched({**wanted, "by_task": False})
+    elif files:
+        builder = builder_of_files(name, revision, files)
     else:
         builder = builder_of(name, config, revision)
     return _read(builder, split, streaming)
+
+
+def arguments_of(files: Sequence[str]) -> dict[str, Any]:
+    """Return what `datasets.load_dataset` gets to read only these files of a data set, as the manifest holds it."""
+    return {"data_files": list(files)} if files else {}
 
 
 def open_named(
@@ -103,6 +139,33 @@ def builder_of(name: str, config: str | None, revision: str | None, **arguments:
     if revision is not None and builder.hash != revision:
         raise ConnectionError(f"the hub does not answer, and revision {revision} is not in the cache")
     return builder
+
+
+def builder_of_files(name: str, revision: str, files: Sequence[str]) -> DatasetBuilder:
+    """Return the builder of some files of a data set at a commit, all as the split train; each may be a pattern.
+
+    Raises UserError for one that matches nothing: the datasets library passes over a pattern of several.
+    """
+    try:
+        builder = builder_of(name, None, revision, **arguments_of(files))
+    except FileNotFoundError:
+        _check_files(name, revision, files)
+        raise
+    _check_files(name, revision, filter(glob.has_magic, files))
+    return builder
+
+
+def _check_files(name: str, revision: str, files: Iterable[str]) -> None:
+    from datasets.data_files import resolve_pattern
+    from huggingface_hub import HfApi
+
+    for file in files:
+        try:
+            resolve_pattern(file, f"hf://datasets/{name}@{revision}")
+        except FileNotFoundError:
+            near = did_you_mean(file, HfApi().list_repo_files(name, repo_type="dataset", revision=revision))
+            near = near if "Did you mean" in near else ""  # the others may be thousands
+            raise UserError(f"The data set {name} at {revision[:12]} has no file '{file}'.{near}") from None
 
 
 def _read(builder: DatasetBuilder, split: str | None, streaming: bool) -> Dataset | DatasetDict | IterableDataset:

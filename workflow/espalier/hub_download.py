@@ -7,23 +7,22 @@ on from there.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier import folders, hub_cache
-from espalier.errors import UserError, did_you_mean
+from espalier import folders, harness_names, hub_cache, hub_questions
+from espalier.errors import UserError
 from espalier.files import read_json, sha256, write_json
 from espalier.hub import Item, say
 from espalier.hub_files import Wanted, download, listed, tried
+from espalier.hub_questions import Answer
 from espalier.progress import progress
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
-    from huggingface_hub import RepoFile
 
 
 def prefetch(study: str, items: list[Item], file: Path) -> dict:
@@ -34,14 +33,15 @@ def prefetch(study: str, items: list[Item], file: Path) -> dict:
     earlier = read_json(file) if file.is_file() else {"items": [], "tasks": []}
     _make_roots()
     known = _known(earlier)
-    models = {item: _model_files(item) for item in items if item.kind == "model"}
+    answers = _answers(items)
+    models = {item: answers[item].files for item in items if item.kind == "model"}
+    data = {item: answers[item] for item in items if item.kind == "dataset"}
     _refuse_foreign_code(models, known)
-    data = {item: _data_files(item) for item in items if item.kind == "dataset"}
-    files = [one for part in models.values() for one in part] + [one for _, part in data.values() for one in part]
+    files = [one for item in (*models, *data) for one in answers[item].files]
     _check_room(files, list(data.values()))
     sums = download(files, known)
     found = [_entry(item, files=listed(part, sums)) for item, part in models.items()]
-    for item, (builder, part) in progress(data.items(), "prefetch, data sets prepared", len(data)):
+    for item, (part, builder) in progress(data.items(), "prefetch, data sets prepared", len(data)):
         found.append(_entry(item, **_prepared(item, builder, known), downloads=listed(part, sums)))
     tasks = [item for item in items if item.kind == "task"]
     found += _of_tasks(tasks, earlier, known)
@@ -50,9 +50,17 @@ def prefetch(study: str, items: list[Item], file: Path) -> dict:
     return manifest
 
 
+def _answers(items: list[Item]) -> dict[Item, Answer]:
+    """Return what the hub says of the items; raises one UserError with a line for each that cannot be had."""
+    answers, refused = hub_questions.ask(items)
+    if mistakes := harness_names.mistakes(items) + refused:
+        raise UserError("\n".join(mistakes))
+    return answers
+
+
 def _entry(item: Item, **more: Any) -> dict:
     """Return an item of the manifest."""
-    plain = {"arguments": {}, "by_task": False, "tasks": [], "splits": []}
+    plain = {"arguments": item.arguments, "by_task": False, "tasks": [], "splits": []}
     return {**asdict(item), "needed_by": list(item.needed_by), **plain, **more}
 
 
@@ -67,27 +75,6 @@ def _known(earlier: dict) -> dict[tuple[str, int], str]:
             files = item["downloads"]
         known |= {(one["path"], one["size"]): one["sha256"] for one in files}
     return known
-
-
-# What there is -------------------------------------------------------------------------------------------------------
-
-
-def _model_files(item: Item) -> list[Wanted]:
-    from huggingface_hub import HfApi, RepoFile
-    from huggingface_hub.utils import filter_repo_objects
-
-    def ask() -> list[Wanted]:
-        tree = HfApi().list_repo_tree(item.id, recursive=True, revision=item.revision)
-        files = {one.path: one for one in tree if isinstance(one, RepoFile)}
-        chosen = filter_repo_objects(files, allow_patterns=hub_cache.MODEL_FILES)
-        return [_wanted(item, files[path]) for path in chosen]
-
-    files = tried(ask, say(item))
-    if not any("/" not in one.path and one.path.endswith(".safetensors") for one in files):
-        raise UserError(
-            f"The {say(item)} has no safetensors weights; other formats can run code when loaded and are refused."
-        )
-    return files
 
 
 def _refuse_foreign_code(models: dict[Item, list[Wanted]], known: dict) -> None:
@@ -108,40 +95,6 @@ def _refuse_foreign_code(models: dict[Item, list[Wanted]], known: dict) -> None:
             )
 
 
-def _data_files(item: Item, **arguments: Any) -> tuple[DatasetBuilder, list[Wanted]]:
-    """Return the builder of a data set, and the files of the hub that it is prepared from."""
-    from huggingface_hub import HfApi
-
-    if item.revision is not None:
-        tried(lambda: _ask_for_card(item), say(item))
-    builder = tried(lambda: hub_cache.builder_of(item.id, item.config, item.revision, **arguments), say(item))
-    start = f"hf://datasets/{item.id}@{item.revision}/"
-    sources = (str(one) for files in (builder.config.data_files or {}).values() for one in files)
-    paths = sorted({one.removeprefix(start) for one in sources if one.startswith(start)})
-
-    def ask() -> list[Wanted]:
-        parts = (paths[i : i + 500] for i in range(0, len(paths), 500))
-        options = {"revision": item.revision, "repo_type": "dataset"}
-        found = [one for part in parts for one in HfApi().get_paths_info(item.id, part, **options)]
-        return [_wanted(item, one) for one in found]
-
-    return builder, tried(ask, say(item))
-
-
-def _ask_for_card(item: Item) -> None:
-    """Read the data set's README, as the datasets library would: but its own errors do not say what the hub said."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    with contextlib.suppress(RemoteEntryNotFoundError):
-        hf_hub_download(item.id, "README.md", repo_type="dataset", revision=item.revision)
-
-
-def _wanted(item: Item, file: RepoFile) -> Wanted:
-    digest, size = (file.lfs.sha256, file.lfs.size) if file.lfs else (None, file.size)
-    return Wanted(item.kind, item.id, item.revision, file.path, size, digest, file.blob_id, say(item))
-
-
 # Room ----------------------------------------------------------------------------------------------------------------
 
 
@@ -152,14 +105,14 @@ def _make_roots() -> None:
         root.mkdir(parents=True, exist_ok=True)
 
 
-def _check_room(files: list[Wanted], data: list[tuple[DatasetBuilder, list[Wanted]]]) -> None:
+def _check_room(files: list[Wanted], data: list[Answer]) -> None:
     """Raise UserError if the disk cannot hold what is not in the cache yet: files, and tables prepared from them."""
     roots = hub_cache.roots()
     absent = {one for one in files if not (roots["hub"] / one.place).exists()}
     # A table is about as large as its files, unless the data set says what it will be.
     tables = [
         builder.info.dataset_size or sum(one.size for one in part)
-        for builder, part in data
+        for part, builder in data
         if not Path(builder.cache_dir).exists()
     ]
     needed = {"hub": sum(one.size for one in absent), "datasets": sum(tables)}
@@ -185,9 +138,7 @@ def _prepared(item: Item, builder: DatasetBuilder, known: dict) -> dict:
     folder = Path(builder.cache_dir)
     tried(builder.download_and_prepare, say(item))
     splits = sorted(builder.info.splits)
-    for split in item.splits:
-        if split not in splits:
-            raise UserError(f"The {say(item)} has no split '{split}'.{did_you_mean(split, splits)}")
+    hub_questions.check_splits(item, splits)
     files = []
     # Who works with a table's rows may leave more beside it, such as the datasets library itself.
     for file in sorted([folder / "dataset_info.json", *folder.glob(f"{glob.escape(builder.dataset_name)}-*.arrow")]):
@@ -210,8 +161,8 @@ def _of_tasks(tasks: list[Item], earlier: dict, known: dict) -> list[dict]:
             if source not in pinned:
                 pinned[source] = _commit(*source, task)
             item = Item("dataset", path, name, pinned[source], needed_by=task.needed_by)
-            builder, files = _data_files(item, **hub_cache.unpinned(asked["arguments"]))
-            _check_room(files, [(builder, files)])
+            files, builder = hub_questions.data_files(item, **hub_cache.unpinned(asked["arguments"]))
+            _check_room(files, [Answer(files, builder)])
             sums = download(files, known)
             entry = {**_entry(item), **asked, **_prepared(item, builder, known), "downloads": listed(files, sums)}
             found[str(asked)] = entry, builder

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from espalier.errors import first_line
+
+if TYPE_CHECKING:
+    import httpx
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 PASSING = (408, 429, 500, 502, 503, 504)
@@ -35,11 +39,11 @@ def explained(error: BaseException, what: str) -> str | None:
     code = responses[0].headers.get("X-Error-Code") if responses else None
     if code == "GatedRepo":
         return (
-            f"The {what} is gated: accept its licence on its page at {hub}, and set HF_TOKEN to a token of that"
+            f"The {what} is gated: accept its licence at {_page(responses[0])}, and set HF_TOKEN to a token of that"
             " account (or run `hf auth login`)."
         )
     if code == "RevisionNotFound":
-        return f"The {what} cannot be downloaded: {hub} has no such revision of it."
+        return f"The {what} cannot be downloaded: {hub} has no such revision of it: its page lists its commits."
     if status in (401, 403) or code == "RepoNotFound":
         return (
             f"The {what} cannot be downloaded: {hub} has nothing of this name, or it is private. Check the name; for"
@@ -53,12 +57,18 @@ def explained(error: BaseException, what: str) -> str | None:
     if any(isinstance(one, httpx.TransportError | ConnectionError) for one in _chain(error)):
         return (
             f"The {what} cannot be downloaded: {hub} cannot be reached, or stops answering ({first_line(error)})."
-            " Type the same command later: what is finished is kept."
+            " Type the same command later: what is finished is kept. Where there is no internet, jobs read with"
+            " HF_HUB_OFFLINE=1 what `snakemake prefetch` downloaded elsewhere."
         )
     of_datasets = any(one.__module__.partition(".")[0] == "datasets" for one in type(error).__mro__)
     if of_datasets or isinstance(error, OSError | HFValidationError | HfUriError) or type(error) is ValueError:
         return f"The {what} cannot be downloaded: {first_line(error.__cause__ or error)}."
     return None
+
+
+def _page(response: httpx.Response) -> str:
+    """Return the address of the repository whose file was asked for."""
+    return str(response.request.url).partition("/resolve/")[0]
 
 
 def unwritable(error: BaseException) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from espalier import checkpoints, cli, plugins
-from espalier.files import whole_folder, write_json
+from espalier.files import read_json, whole_folder, write_json
 from espalier.measured import Measured
 from espalier.progress import progress
 from espalier.provenance import circumstances, code_version, provenance
@@ -38,11 +39,16 @@ def assist(kind: str, arguments: argparse.Namespace, **more: object) -> None:
     module.apply(arguments.parent, None, recipe, seed=arguments.seed, device=device, **more)
 
 
-def fetch(arguments: argparse.Namespace, script: Path) -> None:
-    """Write a pointer to a model of the hub or of a local folder, and its step.json."""
+def fetch(arguments: argparse.Namespace, script: Path, check_config: Callable[[dict], None] | None) -> None:
+    """Write a pointer to a model of the hub or of a local folder, and its step.json.
+
+    `check_config`, if there is one, gets what the model's config.json says, and may raise UserError.
+    """
     started = time.time()
     with whole_folder(arguments.output) as folder:
         report = checkpoints.refer(folder, arguments.reference)
+        if check_config:
+            check_config(read_json(checkpoints.weights_folder(folder) / "config.json"))
         info = checkpoints.describe(folder)
     _write_step(arguments, "fetch", arguments.reference, info, report, _provenance(started, "cpu", script, []))
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier import group_sizes, hub_cache, plugins
-from espalier.config import Model
-from espalier.study import Study
+from espalier import chains, group_sizes, model_configs, plugins, shapes
+from espalier.study import Study, Wanted
 
 study: Study | None = None  # set by the Snakefile
 
@@ -34,6 +33,8 @@ CONFIG_NAMES = {
 }
 # What a method of `pretrain` trains, where its sizes name no architecture: by the task that it gives.
 ARCHITECTURES = {"causal-lm": "llama", "masked-lm": "bert"}
+# How wide a weight of a hub's model is taken to be while only its shape is known: decoders are published in 16 bits.
+PUBLISHED_BYTES = {"causal-lm": 2, "masked-lm": 4, "sequence-classification": 4}
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,18 @@ def size(of: Study, model: str) -> Size:
     """Return how large a model of a study is; `ASSUMED` where that cannot be known yet.
 
     A local model and one in the hub's cache are measured by the headers of their weight files, which may hold a tied
-    matrix twice; one that the study makes itself is counted from its shape, with the largest vocabulary that it allows.
+    matrix twice; one that the study makes itself is counted from its shape, with the largest vocabulary that it allows,
+    and so is one of the hub whose entry names a `shape`, until its weights are in the cache.
     """
     try:
         return _known(of, model)
     except LookupError:
-        return ASSUMED
+        entry = of.resolved.models[model]
+        if entry.shape is None:
+            return ASSUMED
+    count = parameters(shapes.read(entry.shape))
+    wide = PUBLISHED_BYTES[entry.task] if entry.dtype == "auto" else _width(entry.dtype)
+    return Size(count, count * wide, "shape")
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -101,11 +108,11 @@ def parameters(config: Mapping[str, Any]) -> int:
 def config_of(of: Study, model: str) -> dict[str, Any]:
     """Return what the config.json of a model says, or will say of the sizes of one that the study makes itself.
 
-    Raises LookupError for a model of the hub that is not in the cache.
+    Raises LookupError for a model of the hub that is not in the cache and has no shape.
     """
     entry = of.resolved.models[model]
     if not entry.pretrain:
-        return _json(_folder(entry) / "config.json")
+        return _json(model_configs.file_of(entry))
     step = of.resolved.pretrained[model]
     own = {key: getattr(step.recipe, name, None) for name, key in CONFIG_NAMES.items()}
     default = {
@@ -142,17 +149,18 @@ def _known(of: Study, model: str) -> Size:
     if entry.pretrain:
         count = parameters(config)
         return Size(count, count * _width(config["dtype"]), "shape")
-    stored = [_header(file) for file in _weight_files(_folder(entry))]
+    stored = [_header(file) for file in _weight_files(_weights_folder(of, model))]
     count = sum(values for values, _ in stored)
     dtype = entry.dtype if entry.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
     return Size(count, count * _width(dtype) if dtype else sum(held for _, held in stored), "weight files")
 
 
-def _folder(entry: Model) -> Path:
-    """Return the folder of a model of a path or of the hub: of this, one in the hub's cache, which may not be there."""
-    if entry.path:
-        return Path(entry.path)
-    return hub_cache.roots()["hub"] / hub_cache.snapshot("model", entry.hub, entry.revision)
+def _weights_folder(of: Study, model: str) -> Path:
+    """Return the folder of a model's safetensors: its own, or the study's, where they are converted."""
+    entry = of.resolved.models[model]
+    if not entry.convert:
+        return model_configs.folder(entry)
+    return Path(of.path(Wanted(model, entry.seeds[0], chains.DENSE, "step", chains.DENSE))).parent / "model"
 
 
 def _weight_files(folder: Path) -> list[Path]:

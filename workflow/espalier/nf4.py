@@ -29,7 +29,7 @@ def check_widths(parent: Path, device: str) -> None:
         if layer.in_features % BLOCK:
             raise UserError(
                 f"The layer {name} of {parent} has {layer.in_features} input features; 4 bits need a multiple of"
-                f" {BLOCK} on a CPU: say 'round_to: {BLOCK}' where its widths are pruned."
+                f" {BLOCK} on a CPU: say 'round_to: {BLOCK}' where its widths are pruned; else take 8 bits, or a GPU."
             )
 
 

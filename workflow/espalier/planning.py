@@ -75,10 +75,10 @@ def disk(study: Study, job: Job) -> Estimate:
     model, step = job.wildcards.get("model"), step_of(study, job)
     if model is None or not any(output.name == "model" for output in outputs):
         return Estimate(RESULT_BYTES, "assumed")
-    if step is None:  # a pointer to a model that exists; one of the hub goes into the hub's cache
-        size = needs.size(study, model)
-        downloads = study.resolved.models[model].hub and size.source == "assumed"
-        return Estimate(size.bytes if downloads else RESULT_BYTES, "assumed")
+    if step is None:  # a pointer to a model that exists, or its converted weights; the hub's go into the hub's cache
+        size, entry = needs.size(study, model), study.resolved.models[model]
+        copies = (entry.hub is not None and size.source != "weight files") + entry.convert
+        return Estimate(copies * size.bytes or RESULT_BYTES, "assumed")
     return Estimate(checkpoint_bytes(study, model, chain_of(job)), "assumed")
 
 

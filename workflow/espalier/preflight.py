@@ -6,18 +6,22 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from espalier import needs
+from espalier.errors import UserError
 from espalier.study import Study
 
 if TYPE_CHECKING:
+    from snakemake.jobs import Job
     from snakemake.workflow import Workflow
 
 LOCAL = ("local", "touch")
 RULES = tuple(f"{kind}_model" for kind in ("pretrain", "prune", "tune", "quantize", "distill", "evaluate", "profile"))
+COMPARE_TEXTS = ("check_calibration", "make_calibration_table")  # rules that read all calibration sets and suites
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -53,12 +57,64 @@ def check(workflow: Workflow, study: Study, executor: str, settings: object) -> 
             threads.pop(rule, None)
         chooses = getattr(settings, "partition_config", None) or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS")
         slurm_site.check(resources, default, threads, plugin_chooses=bool(chooses))
-    if submits or hub_cache.switched_off():
-        hub.check(study)
+    offline = submits or hub_cache.switched_off()
+    _check_hub(study, offline, asks=executor == "local" and not dry)
+    if offline:
         os.environ.update(hub.environment(study))
     if submits:
         for name in TOKENS:  # Slurm keeps the environment of its jobs, and these ask no hub
             os.environ.pop(name, None)
+
+
+def _check_hub(study: Study, offline: bool, asks: bool) -> None:
+    """Raise UserError for tasks that the harness lacks, and for what the cache lacks where jobs are `offline`.
+
+    A run that `asks` the hub does so later (`ask_hub`), but if it ends here, all is said at once.
+    """
+    from espalier import harness_names, hub, hub_questions
+
+    needed = hub.needed(study)
+    mistakes = [f"{study.file}: {sentence}" for sentence in harness_names.mistakes(needed)]
+    if offline:
+        try:
+            hub.check(study)
+        except UserError as error:
+            mistakes.append(str(error))
+    elif mistakes and asks:
+        mistakes += [f"{study.file}: {sentence}" for sentence in hub_questions.refusals(study, needed)]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def ask_hub(workflow: Workflow, study: Study) -> None:
+    """Raise UserError for all that the jobs of this run would ask the hub for in vain.
+
+    Called when the jobs are known and none has started. Only the main process of a run on this machine asks.
+    """
+    from espalier import hub, hub_cache, hub_questions
+
+    here = workflow.is_main_process and workflow.local_exec and not workflow.touch
+    if not here or prefetches(workflow) or hub_cache.switched_off():
+        return
+    read = _entries_read(workflow.dag.needrun_jobs(), study)
+    needed = [item for item in hub.needed(study) if read.intersection(item.needed_by)]
+    if refusals := hub_questions.refusals(study, needed):
+        raise UserError("\n".join(f"{study.file}: {sentence}" for sentence in refusals))
+
+
+def _entries_read(jobs: Iterable[Job], study: Study) -> set[str]:
+    """Return the entries of the study, such as suites.zero-shot, that jobs read, as `hub.needed` names them."""
+    sections = {"model": "models", "suite": "suites", "workload": "workloads", "recipe": "recipes"}
+    read = set()
+    for job in jobs:
+        read |= {f"{sections[key]}.{name}" for key, name in job.wildcards_dict.items() if key in sections}
+        if job.rule.name in COMPARE_TEXTS:
+            read |= {
+                f"{section}.{name}"
+                for section in ("calibrations", "suites")
+                for name in getattr(study.resolved, section)
+            }
+    return read
 
 
 def _largest_jobs(study: Study) -> dict[str, dict[str, str]]:

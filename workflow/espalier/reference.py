@@ -18,6 +18,7 @@ from io import StringIO
 from typing import Any
 
 from espalier import config, plugins
+from espalier.comparisons import Comparison
 from espalier.data import Text
 from espalier.demo import dataset
 from espalier.recipes import fields_of
@@ -42,6 +43,7 @@ REFERENCES = {
     config.Calibration: "name of an entry of `calibrations`",
     Text: "the documents",
 }
+SECTIONS_OF_THEIR_OWN = (config.Calibration, config.Dataset, config.Measure, Comparison)
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -112,6 +114,12 @@ def page() -> str:
         "## measure",
         "",
         *_table(config.Measure),
+        "## compare",
+        "",
+        "Published values, and what measures them here: `tables/published.csv`, whose columns are defined in",
+        "[metrics.md](metrics.md#published-values-beside-ours).",
+        "",
+        *_table(Comparison),
         "## calibrations",
         "",
         *_table(config.Calibration),
@@ -141,7 +149,7 @@ def _table(cls: type) -> list[str]:
         nested += [part for part in _dataclasses(kind) if part not in nested]
     rows.append("")
     for part in nested:
-        if part not in (config.Calibration, config.Dataset):
+        if part not in SECTIONS_OF_THEIR_OWN:
             rows += [f"`{part.__name__}`: {inspect.getdoc(part).splitlines()[0]}", "", *_table(part)]
     return rows
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier import chains, checkpoints, plugins
+from espalier import chains, checkpoints, model_configs, plugins, random_models
 from espalier.errors import UserError
+from espalier.files import read_json
 from espalier.study import Study
 
 if TYPE_CHECKING:
@@ -76,9 +77,13 @@ def _dense(study: Study, model: str) -> tuple[PreTrainedModel, bool]:
     """Return a model's shapes, in 16 bit, without weights, and whether they are exact."""
     import torch
 
+    entry = study.resolved.models[model]
     if model in study.resolved.pretrained:
         step = study.resolved.pretrained[model]
         shapes, exact = plugins.load("pretrain", step.method).skeleton(step.recipe)
+    elif model_configs.stand_in(entry):
+        config = read_json(model_configs.file_of(entry))
+        shapes, exact = random_models.skeleton(config, checkpoints.TASKS[entry.task], "bfloat16"), True
     else:
         with tempfile.TemporaryDirectory() as folder:
             pointer = {**json.loads(study.reference(model)), "format": "reference", "parameters": 0}

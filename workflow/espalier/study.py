@@ -10,7 +10,17 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from espalier import chains, devices, environments, glue_chains, group_sizes, plugins
+from espalier import (
+    chains,
+    comparisons,
+    devices,
+    environments,
+    glue_chains,
+    group_sizes,
+    overlays,
+    plugins,
+    published_points,
+)
 from espalier.config import Resolved, Step, resolve
 from espalier.data import Calibration, Text
 from espalier.errors import UserError, did_you_mean
@@ -33,7 +43,7 @@ class Wanted(NamedTuple):
 
 
 class Study:
-    """A checked study; `mapping` is Snakemake's config, `file` the config's name for error messages.
+    """A checked study; `mapping` is Snakemake's config, which `file` holds, for error messages and the path of a base.
 
     `submits` says whether its jobs are submitted to a cluster, whose devices cannot be seen from here.
     """
@@ -46,33 +56,43 @@ class Study:
         figures: str = "figures",
         submits: Callable[[], bool] = lambda: False,
     ):
-        self.file = file
-        self.resolved: Resolved = resolve(mapping, file, results)
+        self.configfile = file
+        self.mapping, self.file = overlays.merged(mapping, file)
+        self.resolved: Resolved = resolve(self.mapping, self.file, results)
         self.config = self.resolved.config
         self.name = self.config.study
         self.results, self.figures = Path(results), Path(figures) / self.name
         self.root = self.results / self.name
         for section in ("suites", "workloads"):
             self._check_dataset_tasks(section)
-        glue_chains.check_data([*self.resolved.recipes.values(), *self.resolved.suites.values()], file)
+        glue_chains.check_data([*self.resolved.recipes.values(), *self.resolved.suites.values()], self.file)
         self._check_calibrations()
         self._check_environments(submits)
         self.wanted = self._wanted()
 
     # What to make -----------------------------------------------------------------------------------------------------
 
-    def raw_results(self) -> list[str]:
-        """Return the paths of all raw results of the study: measurements, and the steps that lead to them."""
+    def everything(self) -> list[Wanted]:
+        """Return all raw results of the study: measurements, and the steps that lead to them."""
         steps = {
             Wanted(one.model, one.seed, chain, "step", chains.split(chain)[1] or chains.DENSE)
             for one in self.wanted
             for chain in chains.ancestors(one.chain)
         }
-        return [self.path(one) for one in sorted(set(self.wanted) | steps)]
+        return sorted(set(self.wanted) | steps)
+
+    def raw_results(self) -> list[str]:
+        """Return the paths of all raw results of the study."""
+        return [self.path(one) for one in self.everything()]
 
     def figure_results(self, figure: str) -> list[str]:
         """Return the paths of the raw results that a chart plots."""
         return [self.path(one) for one in self._needs(self.resolved.figures[figure])]
+
+    def comparison_results(self) -> list[str]:
+        """Return the paths of the raw results that the table of published values compares, or that its charts plot."""
+        of_charts = map(self.figure_results, comparisons.charts(self.resolved))
+        return sorted({self.path(one) for one in self._compared()}.union(*of_charts))
 
     def path(self, one: Wanted) -> str:
         return str(path_of(self.results, study=self.name, **one._asdict()))
@@ -197,10 +217,16 @@ class Study:
                 "task": entry.task,
                 "dtype": entry.dtype,
                 "trust_remote_code": entry.trust_remote_code,
+                "convert": entry.convert,
                 "fingerprint": _fingerprint(Path(entry.path)) if entry.path else None,
             },
             sort_keys=True,
         )
+
+    def shape(self, model: str) -> str:
+        """Return the argument that says which shape a model must agree with once it is there; "" for none."""
+        shape = self.resolved.models[model].shape
+        return f"--shape {shape}" if shape else ""
 
     # Wildcards --------------------------------------------------------------------------------------------------------
 
@@ -297,7 +323,11 @@ class Study:
                         wanted.update(self._expand(entry.model, chain, kind, name, where))
         for step in self.resolved.figures.values():
             wanted.update(self._needs(step))
-        return sorted(wanted)
+        return sorted(wanted.union(self._compared()))
+
+    def _compared(self) -> list[Wanted]:
+        found = comparisons.needs(self.resolved, self.file)
+        return [one for need, where in found for one in self._expand(*need, where)]
 
     def _needs(self, step: Step) -> list[Wanted]:
         where = f"{self.file}: figures.{step.name}"
@@ -313,6 +343,8 @@ class Study:
                     f"{where}: this chart shows steps of '{module.STEP}', and '{one.chain}' ends in '{name}'."
                 )
         self._check_tasks(step, where)
+        made = comparisons.made_here(self.resolved, {one.kind for one in wanted})
+        published_points.check(step.recipe, {one.model for one in wanted}, made, where)
         return wanted
 
     def _check_tasks(self, step: Step, where: str) -> None:

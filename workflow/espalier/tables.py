@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espalier import chains
 from espalier.errors import UserError
 from espalier.files import read_json
 from espalier.results import VERSION, path_of
@@ -68,6 +69,8 @@ def incomparable(results: Iterable[dict]) -> list[str]:
         origin, identity = result["provenance"], result["identity"]
         about = f"{identity['model']}/{identity['chain']}"
         name = f"{result['kind']} '{identity['name']}'"
+        if result["kind"] == "step" and identity["chain"] == chains.DENSE:
+            name += f" of {identity['model']}"  # each model comes from a place of its own
         facts = {"device": origin["device"]["name"], "code": origin.get("code")}
         facts |= origin["packages"]
         for fact, value in facts.items():

@@ -6,7 +6,7 @@ planned: processes of local jobs are ended, jobs that wait in Slurm's queue are 
 waited for, since they make what this run needs. So that their work counts, a job records itself what it was made with;
 Snakemake leaves that to the main process, which is the one that was killed.
 
-A run some of whose jobs failed ends with early charts, of the results that are there.
+A run some of whose jobs failed ends with early charts and an early report, of the results that are there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def guard(workflow: Workflow, study: Study) -> None:
                     return go_on()
                 except WorkflowError:
                     if workflow.scheduler and workflow.scheduler.failed and not workflow.touch:
-                        _draw_early(workflow.config, study)
+                        _draw_early(study)
                     raise
         except UserError as error:
             sys.tracebacklimit = 0  # Snakemake prints where it was raised, which is of no use
@@ -198,23 +198,25 @@ def settle_queue(prefix: str, folder: Path) -> bool:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _draw_early(mapping: dict, study: Study) -> None:
-    """Draw the charts that lack results and say so; `mapping` is the config. What goes wrong here is only told.
+def _draw_early(study: Study) -> None:
+    """Draw the charts that lack results, write a report of what is there, and say so. What goes wrong is only told.
 
-    In a process of its own: neither pandas and matplotlib nor an error of a chart belongs into this one.
+    In processes of their own: neither pandas and matplotlib nor an error of a chart belongs into this one.
     """
     results = (result for figure in study.resolved.figures for result in study.figure_results(figure))
     if not any(map(os.path.exists, results)):
         return
-    command = [sys.executable, str(SCRIPTS / "draw_early_figures.py"), "--configfile", "-"]
+    given = json.dumps(study.mapping, default=str)
+    lines = []
     try:
-        given = json.dumps(mapping, default=str)
-        run = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+        for script in ("draw_early_figures.py", "write_report.py"):
+            command = [sys.executable, str(SCRIPTS / script), "--configfile", "-"]
+            run = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+            errors = [line for line in run.stderr.splitlines() if line.strip()][-1:] if run.returncode else []
+            lines += [*run.stdout.splitlines(), *errors]
     except (OSError, KeyboardInterrupt) as error:
-        _say(f"Early charts were not drawn: {error or 'interrupted'}.")
-        return
-    errors = [line for line in run.stderr.splitlines() if line.strip()][-1:] if run.returncode else []
-    for line in [*run.stdout.splitlines(), *errors]:
+        lines.append(f"Not all early charts were drawn, or no report was written: {error or 'interrupted'}.")
+    for line in dict.fromkeys(lines):
         _say(line)
 
 

@@ -1,6 +1,6 @@
 """Figures: each chart is drawn from the raw results that it plots, or from published values alone.
 
-In:  raw results, reference/papers/
+In:  raw results, reference/papers/ (also for a chart of this study, if it shows published values beside its own)
 Out: figures/{study}/{figure}.{pdf,svg,png,csv}  figures/reference/{figure}.{pdf,svg,png,csv}
 
 Charts that lack results are in figures/{study}/early/. No rule draws them: a run some of whose jobs failed does at its
@@ -9,7 +9,7 @@ end (takeover.py), and draw_figure takes an early chart away when it has drawn t
 
 import glob
 
-from espalier import plugins
+from espalier import plugins, published_points
 
 
 # A second or two each, drawn where snakemake runs: no cluster's queue is worth them.
@@ -22,14 +22,10 @@ rule draw_figure:
     """Draw a chart of this study from its raw results."""
     input:
         results=lambda w: STUDY.figure_results(w.figure),
+        published=lambda w: published_points.files(w.figure, STUDY.step("figures", w.figure).content),
     output:
         multiext(f"{STUDY.figures}/{{figure}}", ".pdf", ".png", ".csv"),
-        svg=report(
-            f"{STUDY.figures}/{{figure}}.svg",
-            caption="../report/figure.rst",
-            category="Charts",
-            labels={"chart": "{figure}"},
-        ),
+        svg=f"{STUDY.figures}/{{figure}}.svg",
     log:
         f"{STUDY.root}/logs/draw_figure/{{figure}}.log",
     benchmark:

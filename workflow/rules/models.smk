@@ -65,9 +65,12 @@ rule fetch_model:
         "../../envs/main.yaml"
     params:
         reference=lambda w: STUDY.reference(w.model),
+        # This depends on a resource, so Snakemake does not count it among the reasons to run a finished job again: the
+        # shape only stood for what is there now, and the model and all that follows from it would be made again.
+        shape=lambda w, resources: STUDY.shape(w.model),
         code=STUDY.code("fetch_model.py"),
         study=STUDY.name,
     shell:
-        "python workflow/scripts/fetch_model.py --reference {params.reference:q} --output {output.model}"
+        "python workflow/scripts/fetch_model.py --reference {params.reference:q} {params.shape} --output {output.model}"
         " --step {output.step} --study {params.study} --model-name {wildcards.model} --seed {wildcards.seed}"
         " --chain dense --name dense 2>&1 | tee {log}"

@@ -1,8 +1,10 @@
 """Tables: tidy rows of raw results.
 
 In:  raw results
-Out: tables/metrics.csv  tables/quantization.json  tables/quantization_paired.csv
+Out: tables/metrics.csv  tables/quantization.json  tables/quantization_paired.csv  tables/published.csv
 """
+
+from espalier import comparisons
 
 
 # A second or two each, made where snakemake runs: no cluster's queue is worth them.
@@ -18,12 +20,7 @@ rule make_metrics:
     input:
         results=STUDY.raw_results(),
     output:
-        table=report(
-            f"{STUDY.root}/tables/metrics.csv",
-            caption="../report/metrics.rst",
-            category="Tables",
-            labels={"table": "every metric"},
-        ),
+        table=f"{STUDY.root}/tables/metrics.csv",
     log:
         f"{STUDY.root}/logs/make_metrics.log",
     benchmark:
@@ -47,18 +44,8 @@ if "quantization_tradeoff" in STUDY.resolved.figures:
         input:
             results=STUDY.figure_results("quantization_tradeoff"),
         output:
-            table=report(
-                f"{STUDY.root}/tables/quantization.json",
-                caption="../report/quantization.rst",
-                category="Tables",
-                labels={"table": "quantized variants"},
-            ),
-            paired=report(
-                f"{STUDY.root}/tables/quantization_paired.csv",
-                caption="../report/quantization_paired.rst",
-                category="Tables",
-                labels={"table": "quantized variants, paired tests"},
-            ),
+            table=f"{STUDY.root}/tables/quantization.json",
+            paired=f"{STUDY.root}/tables/quantization_paired.csv",
         log:
             f"{STUDY.root}/logs/make_quantization_table.log",
         benchmark:
@@ -71,6 +58,33 @@ if "quantization_tradeoff" in STUDY.resolved.figures:
         shell:
             "python workflow/scripts/make_quantization_table.py --recipe {params.recipe:q} --results {input.results}"
             " --output {output.table} --paired {output.paired} 2>&1 | tee {log}"
+
+
+if STUDY.config.compare:
+    TABLES.append(f"{STUDY.root}/tables/published.csv")
+
+    localrules:
+        make_published_table,
+
+    rule make_published_table:
+        """Make the table of published values: ours beside each, the difference, and whether that is tolerated."""
+        input:
+            results=STUDY.comparison_results(),
+            published=comparisons.files(STUDY.resolved),
+        output:
+            table=f"{STUDY.root}/tables/published.csv",
+        log:
+            f"{STUDY.root}/logs/make_published_table.log",
+        benchmark:
+            f"{STUDY.root}/benchmarks/make_published_table.tsv"
+        conda:
+            "../../envs/main.yaml"
+        params:
+            comparisons=comparisons.content(STUDY.resolved),
+            code=comparisons.code(STUDY.resolved),
+        shell:
+            "python workflow/scripts/make_published_table.py --comparisons {params.comparisons:q}"
+            " --published reference/papers --results {input.results} --output {output.table} 2>&1 | tee {log}"
 
 
 rule tables:

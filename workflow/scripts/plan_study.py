@@ -139,8 +139,8 @@ def basis(study: Study, times: Times, running: Sequence[Cost]) -> Iterable[str]:
         yield (
             "* at least in part assumed, from the sizes of models. Disk: weights by parameters and bits, those of"
             f" pruned models as of the dense one; {amount(RESULT_BYTES)} any other result. What fetch_model downloads"
-            " goes into the hub's cache. A training also keeps its state while it runs, some 12 bytes a parameter that"
-            " it trains."
+            " goes into the hub's cache; weights that it converts are written once more. A training also keeps its"
+            " state while it runs, some 12 bytes a parameter that it trains."
         )
     if models := list(dict.fromkeys(cost.job.wildcards["model"] for cost in running if "model" in cost.job.wildcards)):
         yield "Models:\n" + "\n".join(map(functools.partial(model_line, study), models))

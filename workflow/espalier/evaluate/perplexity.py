@@ -1,6 +1,7 @@
 """Perplexity on running text: documents joined, cut into windows that do not overlap (Kim et al. 2024, 2402.02834).
 
-All documents are joined by `joiner` and tokenized as one text, with the BOS token before it or not. The tokens are cut
+All rows, empty ones too, are joined by `joiner` and tokenized as one text, with the BOS token before it or not. WikiText
+has a blank row where an article's line ends: they are part of the published numbers. The tokens are cut
 into windows of `window` tokens, BOS counted; a last incomplete window is dropped. Each window is scored by itself:
 its first token is not predicted, so a window gives window − 1 predictions. Perplexity = exp(mean negative
 log-likelihood over all predictions), natural logarithm, log-softmax in float32.
@@ -79,7 +80,7 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.T
     """Return the windows' token ids [windows, window]. Raises UserError for too short a text or a missing BOS token."""
     import torch
 
-    ids = tokenizer(recipe.joiner.join(recipe.text.documents()), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(recipe.joiner.join(recipe.text.each()), add_special_tokens=False, verbose=False)["input_ids"]
     if recipe.bos_first_window:
         if tokenizer.bos_token_id is None:
             raise UserError("The tokenizer has no BOS token: set the perplexity recipe's 'bos_first_window' to false.")

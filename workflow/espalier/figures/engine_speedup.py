@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espalier.engine_headlines import ours_over
 from espalier.figures import (
     ORIGIN_COLUMNS,
     Estimate,
@@ -22,12 +23,14 @@ from espalier.figures import (
     select,
     style,
 )
+from espalier.published_points import apart, handle, joined, mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 BASELINE, DIAMONDS = "HF", "Ours"
+PUBLISHED_MARKERS = {"speedup": "o", "token/s": "D"}
 SERIES = {
     "HF": "#C8C8C8",
     "HF compiled": "#8E7CC3",
@@ -57,6 +60,10 @@ COLUMNS = (
     "engine",
     *ORIGIN_COLUMNS,
 )
+# What identifies a point, measured or published, and what is compared of it.
+KEYS, VALUES = ("panel", "series", "input_tokens", "batch_size"), ("speedup", "throughput")
+# File of the paper's own averages → the same of measured points.
+SUMMARIES = {"engine_speedup_headlines": ours_over}
 PUBLISHED_TITLE = "FlashDecoding++: decode speed-up over HF (published)"
 
 
@@ -76,6 +83,7 @@ class Recipe:
 
     title: str  # stands above
     panels: list[Panel]  # one a model and device
+    published: bool = False  # published values beside the measured ones
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -161,13 +169,18 @@ def published(folder: Path) -> DataFrame:
 
 
 def draw(points: DataFrame, title: str, note: str = "") -> Figure:
-    """Draw one panel a model and device; an engine that ran out of memory leaves a gap marked OOM."""
+    """Draw one panel a model and device; an engine that ran out of memory leaves a gap marked OOM.
+
+    Published speed-ups beside measured ones are white circles, published tokens per second white diamonds.
+    """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    points, others, said = apart(points)
+    both = joined(points, others) if len(others) else points
     with style.styled():
-        names = list(dict.fromkeys(points["panel"])) or [""]
-        most = max(len(_clusters(points[points["panel"] == name])) for name in names)
+        names = list(dict.fromkeys(both["panel"])) or [""]
+        most = max(len(_clusters(both[both["panel"] == name])) for name in names)
         across = min(len(names), 3 if most <= 6 and len(names) != 4 else 2)
         down = -(-len(names) // across)
         width = 3.2 + 0.26 * min(most, 16)
@@ -175,16 +188,17 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
         grid = figure.subplots(down, across, squeeze=False).ravel()
         for axes, name in zip(grid, names, strict=False):
             axes.set_title(name)
-            _draw_panel(axes, points[points["panel"] == name])
+            _draw_panel(axes, points[points["panel"] == name], others[others["panel"] == name])
         for axes in grid[len(names) :]:
             axes.set_visible(False)
-        drawn = [name for name in SERIES if name in _present(points)]
+        drawn = [name for name in SERIES if name in _present(both)]
         handles = [Patch(facecolor=SERIES[name], label=name) for name in drawn]
         if points[points["series"] == DIAMONDS]["throughput"].notna().any():
             label = f"{DIAMONDS} (token/s)"
             handles.append(
                 Line2D([], [], marker="D", color=SERIES[DIAMONDS], mec="black", mew=0.6, ms=4.5, ls="", label=label)
             )
+        handles += [handle(f"published {word}", marker) for word, marker in _kinds(others)]
         known = [name for name in SERIES if name not in NOT_IN_THE_PAPER]
         footer = [*style.footer_lines(points, known, note), "Labels under the bars: context length in tokens."]
         baseline = points[(points["series"] == BASELINE) & points["throughput"].notna()]
@@ -194,7 +208,7 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
             footer.append("Where HF has no result there is no bar: a speed-up needs its baseline.")
         if points["speedup_error"].notna().any():
             footer.append("Error bars: one standard error of the ratio.")
-        style.frame(figure, title, handles, footer)
+        style.frame(figure, title, handles, footer + said)
     return figure
 
 
@@ -227,8 +241,15 @@ def _crowded(points: DataFrame) -> bool:
     return len(_clusters(points)) * len(_present(points)) > 40
 
 
-def _draw_panel(axes, points: DataFrame) -> None:
-    clusters, present = _clusters(points), _present(points)
+def _kinds(others: DataFrame) -> list[tuple[str, str]]:
+    """Return the words and markers of what is drawn of published values."""
+    shown = {"speedup": others["speedup"], "token/s": others[others["series"] == DIAMONDS]["throughput"]}
+    return [(word, marker) for word, marker in PUBLISHED_MARKERS.items() if shown[word].notna().any()]
+
+
+def _draw_panel(axes, points: DataFrame, others: DataFrame) -> None:
+    both = joined(points, others) if len(others) else points
+    clusters, present = _clusters(both), _present(both)
     if not clusters or not present:
         style.say_empty(axes, "No results")
         return
@@ -237,13 +258,17 @@ def _draw_panel(axes, points: DataFrame) -> None:
     # A gap of 0.6 clusters parts the batch sizes.
     centre = {pair: place + 0.6 * batches.index(pair[0]) for place, pair in enumerate(clusters)}
     width = 0.84 / max(len(present), 4 if len(clusters) < 3 else 2)
-    crowded, numbers = _crowded(points), _has_numbers(points)
+    crowded, numbers = _crowded(both), _has_numbers(both)
     error_style = style.ERROR_BAR | {"capsize": 0 if crowded else 1.5, "elinewidth": 0.6}
-    diamonds = []
+    diamonds, published = [], []
+
+    def at(row: dict) -> float:
+        return centre[_condition(row)] + (present.index(row["series"]) - (len(present) - 1) / 2) * width
+
     for row in points.dropna(subset=["input_tokens"]).to_dict("records"):
         if row["series"] not in present:
             continue
-        x = centre[_condition(row)] + (present.index(row["series"]) - (len(present) - 1) / 2) * width
+        x = at(row)
         if row["outcome"] == "oom":
             style.mark_gap(axes, x, row["outcome"], fontsize=5 if crowded else 6)
         elif row["speedup"] == row["speedup"] and row["speedup"] is not None:
@@ -256,28 +281,39 @@ def _draw_panel(axes, points: DataFrame) -> None:
                 )
         if row["series"] == DIAMONDS and row["throughput"] == row["throughput"] and row["throughput"] is not None:
             diamonds.append((x, row["throughput"]))
+    for row in others.to_dict("records"):
+        if row["speedup"] == row["speedup"]:
+            mark(axes, at(row), row["speedup"], SERIES[row["series"]], PUBLISHED_MARKERS["speedup"])
+        if row["series"] == DIAMONDS and row["throughput"] == row["throughput"]:
+            published.append((at(row) + 0.2, row["throughput"]))  # beside the series' circle
     axes.axhline(1, color="#777777", linewidth=0.7, linestyle="--", zorder=0.5)
     axes.set_ylabel("Speedup")
     axes.set_ylim(0, max(2.0, 1.15 * axes.get_ylim()[1]))
     axes.yaxis.set_major_formatter("{x:.1f}")  # as wide whatever the ticks are, or the layout would not settle
     axes.grid(axis="y")
-    axes.set_xlim(min(centre.values()) - 0.6, max(centre.values()) + 0.6)
+    room = 2.5 if _clusters(points) == [] else 0.6  # few published values alone would be far from their labels
+    axes.set_xlim(min(centre.values()) - room, max(centre.values()) + room)
     axes.set_xticks(list(centre.values()), [style.length_label(context) for _, context in clusters])
     axes.tick_params(axis="x", length=2, labelsize=7.5 if len(clusters) > 8 else 8.5)
     for batch in batches:
         places = [place for pair, place in centre.items() if pair[0] == batch]
-        text = "batch size not stated" if batch is None else f"batch size {batch}"
+        text = f"batch size {batch}" if batch else "not stated" if len(batches) > 1 else "batch size not stated"
         middle = (places[0] + places[-1]) / 2
         axes.text(middle, -0.14, text, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
-    if diamonds:
-        _draw_diamonds(axes, diamonds, 14 if crowded else 24)
+    if diamonds or published:
+        _draw_diamonds(axes, diamonds, published, 14 if crowded else 24)
 
 
-def _draw_diamonds(axes, diamonds: list[tuple[float, float]], size: float) -> None:
+def _draw_diamonds(
+    axes, diamonds: list[tuple[float, float]], published: list[tuple[float, float]], size: float
+) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
-    right.scatter(
-        *zip(*diamonds, strict=True), marker="D", s=size, color=SERIES[DIAMONDS], edgecolor="black", linewidth=0.6
-    )
-    right.set_ylim(0, 1.2 * max(throughput for _, throughput in diamonds))
+    if diamonds:
+        right.scatter(
+            *zip(*diamonds, strict=True), marker="D", s=size, color=SERIES[DIAMONDS], edgecolor="black", linewidth=0.6
+        )
+    for x, throughput in published:
+        mark(right, x, throughput, SERIES[DIAMONDS], PUBLISHED_MARKERS["token/s"])
+    right.set_ylim(0, 1.2 * max(throughput for _, throughput in (*diamonds, *published)))
     right.set_ylabel("Throughput (tokens/s)")

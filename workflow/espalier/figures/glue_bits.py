@@ -28,12 +28,14 @@ from espalier.figures import (
     select,
     style,
 )
+from espalier.published_points import apart, handle, mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 TEACHER, BUDGETS = "teacher", ("Budget-A", "Budget-C")
+BESIDE = {"Budget-A": 0.16, "Budget-C": 0.28, "teacher": 0.4}  # how far to the right a published value stands
 # Name → colour, line, marker, as in the paper.
 SERIES = {
     "Budget-A": ("#1F77B4", "-", "o"),
@@ -62,6 +64,8 @@ SCORES = {
     "stsb": (("stsb", "pearson"), ("stsb", "spearman")),
 }
 COLUMNS = ("panel", "metric", "series", "bits", *ESTIMATE_COLUMNS, "chain", *ORIGIN_COLUMNS)
+# What identifies a point, measured or published, and what is compared of it.
+KEYS, VALUES = ("panel", "series", "bits"), ("value",)
 PUBLISHED_TITLE = "XTC: BERT on GLUE at 32, 2 and 1 bits (published)"
 
 
@@ -74,6 +78,7 @@ class Recipe:
     suite: dict[str, str]  # task → suite
     teacher: dict[str, str]  # task → chain
     students: dict[str, dict[int | str, dict[str, str]]] = field(default_factory=dict)  # budget → bits → task → chain
+    published: bool = False  # published values beside the measured ones
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -199,28 +204,34 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
     """Draw six panels; a panel without results says what is missing.
 
     A student's line starts at the teacher's square where it has no 32-bit point of its own: it was trained from there.
+    Published values beside measured ones stand to the right of their bits, without a line.
     """
+    points, others, said = apart(points)
     with style.styled():
         figure = style.new_figure(13.2, 2.35)
         grid = figure.subplots(1, len(PANELS))
-        bits = sorted({int(value) for value in points["bits"]} | {32, 2, 1}, reverse=True)
+        bits = sorted({int(value) for value in (*points["bits"], *others["bits"])} | {32, 2, 1}, reverse=True)
         expected = {(str(row["series"]), int(row["bits"])) for row in points.to_dict("records")}
         for axes, panel in zip(grid, PANELS, strict=True):
-            _draw_panel(axes, points[points["panel"] == panel], panel, bits, expected)
-        drawn = [name for name in SERIES if name in set(style.having_place(points)["series"])]
+            beside = others[others["panel"] == panel]
+            _draw_panel(axes, points[points["panel"] == panel], beside, panel, bits, expected)
+        drawn = [name for name in SERIES if name in {*style.having_place(points)["series"], *others["series"]}]
         footer = style.footer_lines(points, list(SERIES), note)
         if points["error"].notna().any():
             footer.append("Error bars: one standard error (sampling of questions, and spread over seeds).")
-        style.frame(figure, title, [_handle(name) for name in drawn], footer)
+        handles = [_handle(name) for name in drawn] + [handle()] * bool(len(others))
+        style.frame(figure, title, handles, footer + said)
     return figure
 
 
-def _draw_panel(axes, points: DataFrame, panel: str, bits: list[int], expected: set[tuple[str, int]]) -> None:
+def _draw_panel(
+    axes, points: DataFrame, others: DataFrame, panel: str, bits: list[int], expected: set[tuple[str, int]]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     good = points[points["value"].notna()]
     axes.set_title(panel)
-    if good.empty:
+    if good.empty and others.empty:
         style.say_empty(axes, _why_empty(points, panel))
         return
     place = {value: index for index, value in enumerate(bits)}
@@ -250,8 +261,10 @@ def _draw_panel(axes, points: DataFrame, panel: str, bits: list[int], expected: 
             capsize=2,
             zorder=order,
         )
+    for row in others.to_dict("records"):
+        mark(axes, place[int(row["bits"])] + BESIDE[row["series"]], row["value"], SERIES[row["series"]][0])
     axes.set_xticks(range(len(bits)), [str(value) for value in bits])
-    axes.set(xlabel="bit", ylabel=PANELS[panel][2], xlim=(-0.35, len(bits) - 0.65))
+    axes.set(xlabel="bit", ylabel=PANELS[panel][2], xlim=(-0.35, len(bits) - (0.65 if others.empty else 0.45)))
     axes.margins(y=0.14)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=4))
     said = points[points["value"].notna() | points["outcome"].astype(str).str.startswith(style.MISSING)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from espalier.figures import ORIGIN_COLUMNS, Need, check_names, origin, over_seeds, parameters_of, select, style
 from espalier.figures import read_published as _read
+from espalier.published_points import apart, handle, joined, mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +44,8 @@ COLUMNS = (
     "engine",
     *ORIGIN_COLUMNS,
 )
+# What identifies a point, measured or published, and what is compared of it.
+KEYS, VALUES = ("row", "series", *CONDITION), QUANTITIES
 PUBLISHED_TITLE = "Shortened LLaMA: latency and throughput (published)"
 
 
@@ -63,6 +66,7 @@ class Recipe:
     title: str  # stands above
     workload: str  # name of a workload of the method generation
     rows: list[Row]  # one a model
+    published: bool = False  # published values beside the measured ones
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -134,38 +138,42 @@ def published(folder: Path) -> DataFrame:
 def draw(points: DataFrame, title: str, note: str = "") -> Figure:
     """Draw one row of panels a model, throughput on a log2 axis shared by all; unreliable lines are dotted.
 
-    A batch size that ran out of memory breaks its line and is named in the corner of its panel.
+    A batch size that ran out of memory breaks its line and is named in the corner of its panel. Published values beside
+    measured ones have no line.
     """
+    points, others, said = apart(points)
+    both = joined(points, others) if len(others) else points
     with style.styled():
-        rows = list(dict.fromkeys(points["row"])) or [""]
-        placed = points.dropna(subset=["input_tokens", "output_tokens"])
+        rows = list(dict.fromkeys(both["row"])) or [""]
+        placed = both.dropna(subset=["input_tokens", "output_tokens"])
         panels = sorted(
             {(int(o), int(i)) for o, i in zip(placed["output_tokens"], placed["input_tokens"], strict=True)}
         )
         panels = panels or [(0, 0)]
         figure = style.new_figure(max(5.6, 3.1 * len(panels)), 2.75 * len(rows))
         parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-        wanted, limits = [], _limits(points)
+        wanted, limits = [], _limits(both)
         for part, row in zip(parts, rows, strict=True):
             part.suptitle(row, x=0.008, ha="left", fontsize=10, fontweight="bold")
-            here = points[points["row"] == row]
+            here, beside = points[points["row"] == row], others[others["row"] == row]
             grid = part.subplots(1, len(panels), squeeze=False)[0]
             for axes, (output, given) in zip(grid, panels, strict=True):
                 inside = (here["output_tokens"] == output) & (here["input_tokens"] == given)
-                wanted += _draw_panel(axes, here[inside], limits)
+                published = (beside["output_tokens"] == output) & (beside["input_tokens"] == given)
+                wanted += _draw_panel(axes, here[inside], beside[published], limits)
                 axes.set_title(f"{given} Input Tokens, {output} Output Tokens" if output else "")
                 if axes.lines:
                     style.say_lacking(axes, style.lacking(here[inside | here["input_tokens"].isna()], _name))
             first = next((axes for axes in grid if axes.lines), None)
             if first is not None:
                 first.set_ylabel("Throughput (tokens/s)")
-            handles = _legend(here, row)
+            handles = _legend(here, row) + [handle()] * bool(len(beside))
             if handles:
                 part.legend(handles=handles, loc="outside lower center", ncols=min(4, len(panels) * 2))
         footer = style.footer_lines(points, list(SERIES), note)
         if points["batch_size"].notna().any():
             footer.append("M1, M4, …: batch size. Error bars, where visible: one standard error.")
-        style.frame(figure, title, (), footer)
+        style.frame(figure, title, (), footer + said)
         style.label_sparsely(figure, _most_wanted_first(wanted))
     return figure
 
@@ -182,11 +190,11 @@ def _limits(points: DataFrame) -> tuple[float, float] | None:
     return (float(values.min()) / 1.6, float(values.max()) * 1.6) if len(values) else None
 
 
-def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> list[tuple]:
+def _draw_panel(axes, points: DataFrame, others: DataFrame, limits: tuple[float, float] | None) -> list[tuple]:
     """Draw one panel; return the labels it would like: (axes, x, y, text, colour, rank)."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    if not (points["latency"].notna() & points["throughput"].notna()).any():
+    if others.empty and not (points["latency"].notna() & points["throughput"].notna()).any():
         style.say_empty(axes, _wrap(_why_empty(set(points["outcome"]))))
         return []
     labels, gaps = [], []
@@ -226,6 +234,10 @@ def _draw_panel(axes, points: DataFrame, limits: tuple[float, float] | None) -> 
         ]
         oom = line[line["outcome"] == "oom"]["batch_size"].dropna()
         gaps += [f"{name} M{int(oom.min())}{'+' if len(oom) > 1 else ''}"] if len(oom) else []
+    for row in others.to_dict("records"):
+        mark(axes, row["latency"], row["throughput"], SERIES[row["series"]][0])
+        # A label without text keeps the others off it.
+        labels.append((axes, row["latency"], row["throughput"], "", style.MUTED, (9,)))
     axes.set_yscale("log", base=2)
     axes.grid(True)
     axes.yaxis.set_major_locator(LogLocator(base=2, numticks=9))

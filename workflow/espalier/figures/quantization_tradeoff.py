@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from espalier import tables
 from espalier.errors import UserError
@@ -23,7 +23,9 @@ from espalier.figures import (
     read_published,
     style,
 )
-from espalier.quantization_rows import KEYS, METRICS, ROWS, chains, estimates, made_from, pairs, score_of, tests_against
+from espalier.published_points import FAR, apart, handle, joined, mark, mark_far
+from espalier.quantization_rows import KEYS as QUANTITIES
+from espalier.quantization_rows import METRICS, ROWS, chains, estimates, made_from, pairs, score_of, tests_against
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +59,20 @@ COLUMNS = (
     *("row", "family", "quantity", "value", "stderr", "error", "low", "high", "unit", "seeds", "n", "outcome"),
     *("arithmetic", "chain", "bits", *PAIRED, "made_from", "p_value_made_from", *ORIGIN_COLUMNS),
 )
+# What identifies a point, measured or published, and what is compared of it.
+KEYS, VALUES = ("row", "quantity"), ("value",)
+
+
+class Lanes(NamedTuple):
+    """Where a row's values lie, as distances from its middle in rows, and how high it is."""
+
+    measured: float
+    height: float  # of a bar
+    published: float
+    inches: float  # of the whole row
+
+
+ONE_LANE, TWO_LANES = Lanes(0, 0.72, 0, 0.27), Lanes(-0.14, 0.5, 0.28, 0.34)
 PUBLISHED_TITLE = "Quantization of a 1 B model (published)"
 
 
@@ -71,6 +87,7 @@ class Recipe:
     workload: str  # profile that scores questions
     rows: dict[str, str]  # name of `ROWS` → chain
     extra_rows: dict[str, str] = field(default_factory=dict)  # any other name → chain
+    published: bool = False  # published values beside the measured ones
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -102,18 +119,21 @@ def measured(recipe: Recipe, results: list[dict]) -> DataFrame:
     points = []
     found = estimates(recipe, tables.frame(results))
     for name in chains(recipe):
-        of_row, rows = found.get(name, (dict.fromkeys(KEYS, Estimate(outcome=style.MISSING)), []))
+        of_row, rows = found.get(name, (dict.fromkeys(QUANTITIES, Estimate(outcome=style.MISSING)), []))
         bits = {row["bits"] for row in rows if row.get("bits") is not None}
         about = {
             "arithmetic": " + ".join(sorted({row["arithmetic"] for row in rows})) or None,
             "chain": chains(recipe)[name],
             "bits": bits.pop() if len(bits) == 1 else None,
         } | origin(rows)
-        points += [_point(name, key, of_row[key], about) for key in KEYS]
+        points += [_point(name, key, of_row[key], about) for key in QUANTITIES]
         if name in tests:
-            points[-len(KEYS)] |= {column: tests[name][key] for column, key in PAIRED.items()}
+            points[-len(QUANTITIES)] |= {column: tests[name][key] for column, key in PAIRED.items()}
         if name in parents:
-            points[-len(KEYS)] |= {"made_from": parents[name]["versus"], "p_value_made_from": parents[name]["p_value"]}
+            points[-len(QUANTITIES)] |= {
+                "made_from": parents[name]["versus"],
+                "p_value_made_from": parents[name]["p_value"],
+            }
     return _frame(points)
 
 
@@ -132,7 +152,7 @@ def published(folder: Path) -> DataFrame:
         of_row["accuracy"] = Estimate(share, math.sqrt(share * (1 - share) / count), seeds=1, n=count)
         of_row["score_acc_over_vram"] = score_of(of_row["accuracy"], of_row["avg_peak_vram_MB"])
         about = {key: row[key] for key in ORIGIN_COLUMNS} | {"arithmetic": "simulated" if row["simulated"] else None}
-        points += [_point(row["row"], key, of_row[key], about) for key in KEYS]
+        points += [_point(row["row"], key, of_row[key], about) for key in QUANTITIES]
     return _frame(points)
 
 
@@ -173,38 +193,53 @@ def draw(points: DataFrame, title: str, note: str = "") -> Figure:
     """Draw five panels that share their rows: accuracies as dots with 95% intervals on an axis of their own, then bars.
 
     Hatched rows and hollow dots simulate their low-bit arithmetic; a star marks an accuracy that differs from that of
-    the first row, a dagger one that differs from that of the row it was made from.
+    the first row, a dagger one that differs from that of the row it was made from. Published values beside measured
+    ones lie below them in their row.
     """
     from matplotlib.patches import Patch
 
+    points, others, said = apart(points)
+    both = joined(points, others) if len(others) else points
     with style.styled():
-        order = list(dict.fromkeys(name for name in (*ROWS, *points["row"]) if name in set(points["row"])))
-        figure = style.new_figure(13.4, 0.9 + 0.27 * max(4, len(order)))
-        grid = figure.subplots(1, len(KEYS), sharey=True, width_ratios=[1.5, 1, 1, 1, 1])
+        order = list(dict.fromkeys(name for name in (*ROWS, *both["row"]) if name in set(both["row"])))
+        lanes = TWO_LANES if len(others) else ONE_LANE
+        figure = style.new_figure(13.4, 0.9 + lanes.inches * max(4, len(order)))
+        grid = figure.subplots(1, len(QUANTITIES), sharey=True, width_ratios=[1.5, 1, 1, 1, 1])
         other = _compared_with(points, order)
         devices = sorted(set(points["device"].dropna()) - {""})
-        names = dict(zip(KEYS, _axis_names(devices), strict=True))
-        for axes, key in zip(grid, KEYS, strict=True):
+        names = dict(zip(QUANTITIES, _axis_names(devices), strict=True))
+        for axes, key in zip(grid, QUANTITIES, strict=True):
             here = points[points["quantity"] == key]
             of_key = {row["row"]: row for row in here.to_dict("records")}
-            (_draw_dots if key == "accuracy" else _draw_bars)(axes, [of_key.get(name) for name in order])
+            beside = {row["row"]: row for row in others[others["quantity"] == key].to_dict("records")}
+            rows = [[found.get(name) for name in order] for found in (of_key, beside)]
+            (_draw_dots if key == "accuracy" else _draw_bars)(axes, *rows, lanes)
             if key == "accuracy" and other in of_key:
                 _draw_band(axes, of_key[other])
             axes.set_title(names[key])
             style.say_lacking(axes, style.lacking(style.having_place(here), lambda row: row["row"]))
-        said = [word for word in ARITHMETIC if points["arithmetic"].str.contains(word, na=False).any()]
+        words_said = [word for word in ARITHMETIC if points["arithmetic"].str.contains(word, na=False).any()]
         if order:
             words = points.drop_duplicates("row").set_index("row")["arithmetic"].dropna()
             _name_rows(grid[0], order, [words.get(name, "") for name in order])
-        families = [family for family in FAMILIES if family in set(style.having_place(points)["family"])]
+        families = [
+            family for family in FAMILIES if family in {*style.having_place(points)["family"], *others["family"]}
+        ]
         handles = [Patch(facecolor=FAMILIES[family], label=family) for family in families]
-        if "simulated" in said:
+        if "simulated" in words_said:
             handles.append(Patch(facecolor="white", edgecolor="#333333", hatch="////", label="simulated arithmetic"))
+        handles += [handle()] * bool(len(others))
         footer = style.footer_lines(points, ROWS, note, column="row") + _about_intervals(points, other)
-        if len(said) > 1:
-            footer.append(f"Grey words, how products are computed: {'; '.join(f'{w}: {ARITHMETIC[w]}' for w in said)}.")
-        style.frame(figure, title, handles, footer)
+        if len(words_said) > 1:
+            meanings = "; ".join(f"{word}: {ARITHMETIC[word]}" for word in words_said)
+            footer.append(f"Grey words, how products are computed: {meanings}.")
+        style.frame(figure, title, handles, footer + said + _about_simulated(others))
     return figure
+
+
+def _about_simulated(others: DataFrame) -> list[str]:
+    names = list(dict.fromkeys(others[others["arithmetic"] == "simulated"]["row"]))
+    return [f"Simulated arithmetic in the published table: {', '.join(names)}."] if names else []
 
 
 def _compared_with(points: DataFrame, order: list[str]) -> str | None:
@@ -243,23 +278,24 @@ def _name_rows(axes: Axes, order: list[str], words: list[str]) -> None:
         axes.text(-0.02, place, word, color=style.MUTED, **look)
 
 
-def _draw_dots(axes: Axes, rows: list[dict | None]) -> None:
+def _draw_dots(axes: Axes, rows: list[dict | None], others: list[dict | None], lanes: Lanes) -> None:
     """Draw accuracies as dots with whiskers; bars from zero would hide intervals of a few percent."""
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
-    ends = [row[end] for row in rows if _has(row) for end in ("value", "low", "high") if row[end] == row[end]]
+    shown = [row for row in (*rows, *others) if _has(row)]
+    ends = [row[end] for row in shown for end in ("value", "low", "high") if row[end] == row[end]]
     low, high = (min(ends), max(ends)) if ends else (0, 100)
     room = (high - low) or 1
     axes.set_xlim(low - 0.06 * room, high + 0.24 * room)
     for place, row in enumerate(rows):
         if not _has(row):
-            _draw_gap(axes, place, row)
+            _draw_gap(axes, place + lanes.measured, row)
             continue
         error = row["error"] if row["error"] == row["error"] else 0.0
         colour = FAMILIES[row["family"]]
         axes.errorbar(
             row["value"],
-            place,
+            place + lanes.measured,
             xerr=error or None,
             fmt="o",
             markersize=5.5,
@@ -268,8 +304,13 @@ def _draw_dots(axes: Axes, rows: list[dict | None]) -> None:
             **style.ERROR_BAR | {"ecolor": colour},
         )
         tests = {"*": row["p_value"], "†": row["p_value_made_from"] if row["made_from"] != row["versus"] else 1.0}
-        mark = " ".join(["", *(sign for sign, p in tests.items() if p < SIGNIFICANT)])
-        _write(axes, style.number_label(row["value"]) + mark, row["value"] + error, place)
+        sign = " ".join(["", *(sign for sign, p in tests.items() if p < SIGNIFICANT)])
+        _write(axes, style.number_label(row["value"]) + sign, row["value"] + error, place + lanes.measured)
+    for place, row in enumerate(others):
+        if _has(row):
+            whisker = {"color": style.MUTED, "linewidth": 0.7, "zorder": 2}
+            axes.plot([row["low"], row["high"]], [place + lanes.published] * 2, **whisker)
+            mark(axes, row["value"], place + lanes.published, FAMILIES[row["family"]])
     axes.locator_params(axis="x", nbins=5)
 
 
@@ -278,19 +319,22 @@ def _draw_band(axes: Axes, row: dict) -> None:
         axes.axvspan(row["low"], row["high"], color=FAMILIES["Base"], alpha=0.12, linewidth=0, zorder=0)
 
 
-def _draw_bars(axes: Axes, rows: list[dict | None]) -> None:
+def _draw_bars(axes: Axes, rows: list[dict | None], others: list[dict | None], lanes: Lanes) -> None:
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
-    largest = max((row["high"] if row["high"] == row["high"] else row["value"] for row in rows if _has(row)), default=1)
+    values = [row["value"] for row in others if _has(row)]
+    ends = [row["high"] if row["high"] == row["high"] else row["value"] for row in rows if _has(row)]
+    far = FAR * max(ends) if ends else math.inf
+    largest = max([*ends, *(value for value in values if value <= far)], default=1)
     for place, row in enumerate(rows):
         if not _has(row):
-            _draw_gap(axes, place, row)
+            _draw_gap(axes, place + lanes.measured, row)
             continue
         error = row["error"] if row["error"] == row["error"] else 0.0
         axes.barh(
-            place,
+            place + lanes.measured,
             row["value"],
-            0.72,
+            lanes.height,
             color=FAMILIES[row["family"]],
             hatch="////" if _simulated(row) else None,
             edgecolor="white",
@@ -298,16 +342,21 @@ def _draw_bars(axes: Axes, rows: list[dict | None]) -> None:
             xerr=error or None,
             error_kw=style.ERROR_BAR,
         )
-        _write(axes, style.number_label(row["value"]), row["value"] + error, place)
+        _write(axes, style.number_label(row["value"]), row["value"] + error, place + lanes.measured)
     axes.set_xlim(0, largest * 1.3)
+    for place, row in enumerate(others):
+        if _has(row) and row["value"] > far:
+            mark_far(axes, style.number_label(row["value"]), place + lanes.published, FAMILIES[row["family"]])
+        elif _has(row):
+            mark(axes, row["value"], place + lanes.published, FAMILIES[row["family"]])
     axes.locator_params(axis="x", nbins=4)
 
 
-def _write(axes: Axes, text: str, right: float, place: int) -> None:
+def _write(axes: Axes, text: str, right: float, place: float) -> None:
     axes.annotate(text, (right, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
 
 
-def _draw_gap(axes: Axes, place: int, row: dict | None) -> None:
+def _draw_gap(axes: Axes, place: float, row: dict | None) -> None:
     if row is not None:
         style.mark_gap(axes, place, row["outcome"], horizontal=True)
 

@@ -26,6 +26,7 @@ from espalier.figures import (
     select,
     style,
 )
+from espalier.published_points import apart, handle, joined, mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +43,10 @@ SERIES = {
 }
 NEAR = 1.02  # sizes that differ by less stand side by side: methods that prune widths meet a size only nearly
 MISSING = Estimate(outcome=style.MISSING)
+BAR = 0.56  # share of a bar's place that is the bar's where published values stand beside bars
 COLUMNS = ("panel", "series", "size", "parameters", "chain", *ESTIMATE_COLUMNS, "unit", *ORIGIN_COLUMNS)
+# What identifies a point, measured or published, and what is compared of it.
+KEYS, VALUES = ("panel", "series", "size"), ("value",)
 PUBLISHED_TITLE = "Shortened LLaMA: memory and accuracy by model size (published)"
 
 
@@ -66,6 +70,7 @@ class Recipe:
     memory: Memory  # which of the workload's shapes is plotted
     tasks: dict[str, str]  # task → metric: the accuracy is the unweighted mean of these
     series: dict[str, list[str]]  # name of `SERIES` → chains, one a size
+    published: bool = False  # published values beside the measured ones
 
 
 def needs(recipe: Recipe) -> list[Need]:
@@ -110,12 +115,14 @@ def measured(recipe: Recipe, metrics: DataFrame) -> DataFrame:
             points.append({"panel": "memory", **place, **estimate.columns(), "unit": "bytes", **origin(at)})
             estimate = mean_over_tasks(scored, recipe.tasks, where).scaled(100) if scored else MISSING
             points.append({"panel": "accuracy", **place, **estimate.columns(), "unit": "%", **origin(scored)})
-    return _in_plotted_units(pd.DataFrame(points, columns=list(COLUMNS)))
+    return _in_plotted_units(pd.DataFrame(points, columns=list(COLUMNS)), recipe.published)
 
 
-def _in_plotted_units(points: DataFrame) -> DataFrame:
+def _in_plotted_units(points: DataFrame, published: bool) -> DataFrame:
     memory = points["panel"] == "memory"
     unit, size = style.memory_unit(points.loc[memory, "value"].max() if memory.any() else None)
+    if published:  # whose unit this is
+        unit, size = "GB", style.GB
     for column in ("value", "stderr", "spread", "error"):
         points[column] = points[column].astype("float64")
         points.loc[memory, column] /= size
@@ -133,73 +140,102 @@ def published(folder: Path) -> DataFrame:
 def draw(points: DataFrame, title: str, note: str = "") -> Figure:
     """Draw both panels; a bar without a value is a gap, marked OOM if memory ran out.
 
-    Faded bars come from an unreliable source.
+    Faded bars come from an unreliable source. Published values beside measured ones stand to the right of their bars.
     """
+    points, others, said = apart(points)
+    both = joined(points, others) if len(others) else points
     with style.styled():
-        bars = int(points["panel"].value_counts().max()) if len(points) else 0
+        bars = int(both["panel"].value_counts().max()) if len(both) else 0
         figure = style.new_figure(max(8.6, 1.8 + 0.58 * bars), 2.9)
         left, right = figure.subplots(1, 2)
         memory, accuracy = (points[points["panel"] == panel] for panel in ("memory", "accuracy"))
+        beside = {panel: others[others["panel"] == panel] for panel in ("memory", "accuracy")}
         unit = memory["unit"].iloc[0] if len(memory) else "GB"
         devices = sorted(set((memory if memory["value"].notna().any() else points)["device"].dropna()) - {""})
-        _draw_bars(left, memory)
+        _draw_bars(left, memory, beside["memory"])
         left.set(ylabel=style.memory_label(devices, unit), xlabel="Parameters")
-        _draw_bars(right, accuracy)
+        if len(others):
+            left.set_ylim(bottom=0)  # where no bar stands, too
+        _draw_bars(right, accuracy, beside["accuracy"])
         right.set(ylabel="Average Accuracy (%)", xlabel="Parameters")
         footer = style.footer_lines(points, list(SERIES), note)
-        if accuracy["value"].notna().any():
-            lower, highest = _lower_limit(accuracy), _highest(accuracy)
+        shown = both[both["panel"] == "accuracy"].infer_objects()
+        if shown["value"].notna().any():
+            lower, highest = _lower_limit(shown), _highest(shown)
             right.set_ylim(lower, highest + 0.16 * (highest - lower))
             if lower:
                 footer.append(f"The accuracy axis starts at {lower:g}%.")
         if accuracy["error"].notna().any():
             footer.append("Error bars: one standard error of the unweighted mean over tasks (and over seeds).")
-        drawn = [name for name in SERIES if name in set(style.having_place(points)["series"])]
-        style.frame(figure, title, [_swatch(name) for name in drawn], footer)
+        drawn = [name for name in SERIES if name in set(style.having_place(both)["series"])]
+        handles = [_swatch(name) for name in drawn] + [handle()] * bool(len(others))
+        style.frame(figure, title, handles, footer + said)
     return figure
 
 
-def _draw_bars(axes, points: DataFrame) -> None:
-    groups = _groups(points)
-    if not groups or (points["outcome"] == style.MISSING).all():
+def _draw_bars(axes, points: DataFrame, others: DataFrame) -> None:
+    both = joined(points, others).infer_objects() if len(others) else points
+    groups = _groups(both.assign(beside=[False] * len(points) + [True] * len(others)))
+    if not groups or (both["outcome"] == style.MISSING).all():
         style.say_empty(axes, "No results")
         return
     style.say_lacking(axes, style.lacking(points, _name))
     axes.grid(axis="y")
-    most = max(2, *(len(group) for group in groups))
+    places = [_places(group) for group in groups]
+    most = max(2, *(len(group) for group in places))
     width = (0.8 if most < 4 else 0.9) / most
-    for position, group in enumerate(groups):
-        rows = sorted(group.to_dict("records"), key=lambda row: list(SERIES).index(row["series"]))
-        for slot, row in enumerate(rows):
-            x = position + (slot - (len(rows) - 1) / 2) * width
-            if math.isnan(row["value"]):
-                style.mark_gap(axes, x, row["outcome"])
-                continue
-            faded = str(row["certainty"]).startswith("unreliable")
-            error = 0.0 if row["error"] is None or math.isnan(row["error"]) else row["error"]
-            axes.bar(
-                x,
-                row["value"],
-                width * 0.94,
-                color=SERIES[row["series"]],
-                alpha=0.35 if faded else 1.0,
-                yerr=error or None,
-                error_kw=style.ERROR_BAR | ({"ecolor": "#999999"} if row["series"] == "Original" else {}),
-            )
-            label = f"{row['value']:.1f}" if row["unit"] == "%" else _short(row["value"])
-            axes.annotate(
-                label,
-                (x, row["value"] + error),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                rotation=0 if most < 3 else 90,  # beside each other they would overlap
-                fontsize=6 if len(points) > 14 else 7,
-            )
+    share, upright = (BAR, False) if len(others) else (1.0, most < 3)
+    for position, group in enumerate(places):
+        for slot, rows in enumerate(group):
+            x = position + (slot - (len(group) - 1) / 2) * width
+            for row in rows:
+                if row["beside"]:
+                    mark(axes, x + width * share / 2, row["value"], SERIES[row["series"]])
+                else:
+                    _draw_bar(axes, x - width * (1 - share) / 2, width * share, row, upright=upright, of=len(points))
     axes.set_xticks(range(len(groups)), [_size_label(group) for group in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.12)
+
+
+def _draw_bar(axes, x: float, width: float, row: dict, *, upright: bool, of: int) -> None:
+    if math.isnan(row["value"]):
+        style.mark_gap(axes, x, row["outcome"])
+        return
+    faded = str(row["certainty"]).startswith("unreliable")
+    error = 0.0 if row["error"] is None or math.isnan(row["error"]) else row["error"]
+    axes.bar(
+        x,
+        row["value"],
+        width * 0.94,
+        color=SERIES[row["series"]],
+        alpha=0.35 if faded else 1.0,
+        yerr=error or None,
+        error_kw=style.ERROR_BAR | ({"ecolor": "#999999"} if row["series"] == "Original" else {}),
+    )
+    axes.annotate(
+        f"{row['value']:.1f}" if row["unit"] == "%" else _short(row["value"]),
+        (x, row["value"] + error),
+        (0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        rotation=0 if upright else 90,  # beside each other they would overlap
+        fontsize=6 if of > 14 else 7,
+    )
+
+
+def _places(group: DataFrame) -> list[list[dict]]:
+    """Return the places of a size from left to right: a bar, published values of its series, or both."""
+    rows = sorted(group.to_dict("records"), key=lambda row: (list(SERIES).index(row["series"]), row["beside"]))
+    places: list[list[dict]] = []
+    for row in rows:
+        same = [place for place in places if row["beside"] and place[0]["series"] == row["series"]]
+        if same:
+            min(same, key=lambda place: abs(place[0]["parameters"] - row["parameters"])).append(row)
+        else:
+            places.append([row])
+    return places
 
 
 def _groups(points: DataFrame) -> list[DataFrame]:

@@ -12,17 +12,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from espalier import word_pieces
 from espalier.data import Dataset
 from espalier.progress import progress
+from espalier.word_pieces import MASK, PAD
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PAD, UNKNOWN, CLASS, SEPARATOR, MASK = range(5)
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
 STEPS_A_REPORT = 25
 
 
@@ -50,7 +49,7 @@ class Recipe:
     def check(self) -> None:
         if self.hidden % self.heads:
             raise ValueError("'heads' must divide 'hidden'.")
-        if self.vocabulary < len(SPECIAL_TOKENS) + 2 * len(CHARACTERS):
+        if self.vocabulary < word_pieces.LEAST:
             raise ValueError("'vocabulary' must leave room for every character.")
         if min(self.steps, self.batch, self.layers) < 1 or not 0 < self.masked < 1:
             raise ValueError("'steps', 'batch' and 'layers' must be at least 1 and 'masked' between 0 and 1.")
@@ -112,38 +111,9 @@ def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizer
     The vocabulary is every character, as a start and as a continuation, and the most frequent words. (The library's
     own WordPiece trainer breaks ties by the order of a hash map, so two runs of it differ.)
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    pad, unknown, classify, separator, mask = SPECIAL_TOKENS
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    counts = Counter(
-        word
-        for document in documents
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(document))
-        if len(word) > 1
-    )
+    counts = Counter(word for document in documents for word in word_pieces.words(document) if len(word) > 1)
     frequent = sorted(counts, key=lambda word: (-counts[word], word))
-    tokens = [*SPECIAL_TOKENS, *CHARACTERS, *(f"##{character}" for character in CHARACTERS), *frequent]
-    vocabulary = {token: index for index, token in enumerate(tokens[: recipe.vocabulary])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{classify} $A {separator}",
-        pair=f"{classify} $A {separator} $B:1 {separator}:1",
-        special_tokens=[(classify, CLASS), (separator, SEPARATOR)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        unk_token=unknown,
-        cls_token=classify,
-        sep_token=separator,
-        mask_token=mask,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        model_max_length=recipe.max_tokens,
-    )
+    return word_pieces.tokenizer(frequent, recipe.vocabulary, recipe.max_tokens)
 
 
 def new_model(recipe: Recipe, vocabulary: int) -> BertForMaskedLM:

@@ -7,22 +7,18 @@ The shapes in reference/shapes are the architecture's numbers of published confi
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from espalier.errors import UserError, did_you_mean
-from espalier.files import read_json
+from espalier import random_models
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 GIVES = "causal-lm"
-SHAPES = Path(__file__).parents[3] / "reference" / "shapes"
 VOCABULARY = 257  # 256 bytes and the end token
-STANDARD_DEVIATION = 0.02  # of the matrices
+END = VOCABULARY - 1
 
 
 @dataclass(frozen=True)
@@ -34,29 +30,29 @@ class Recipe:
     weights_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # in which weights are drawn and saved
     layers: int | None = None  # transformer blocks; by default as many as the shape or the config says
     positions: int | None = None  # tokens that fit the context; by default as many as the shape or the config says
+    narrow: int = 1  # every width is divided by this, to a multiple of 64; heads are then 32 channels wide
 
     def check(self) -> None:
-        if (self.shape is None) == (self.config is None):
-            raise ValueError("exactly one of the keys 'shape' and 'config' must say which model this is.")
-        known = [file.stem for file in SHAPES.glob("*.json")]
-        if self.shape is not None and self.shape not in known:
-            raise ValueError(f"there is no shape '{self.shape}' in reference/shapes.{did_you_mean(self.shape, known)}")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("'config' must say the 'model_type', such as llama.")
-        if self.layers is not None and self.layers < 1:
-            raise ValueError("'layers' must be at least 1.")
+        random_models.check(self, encoder=False)
         if self.positions is not None and self.positions < 1:
             raise ValueError("'positions' must be at least 1.")
 
 
 def reads(recipe: Recipe) -> list[str]:
     """Return the files whose content the recipe refers to: an edit to the shape makes the model anew."""
-    return [os.path.relpath(SHAPES / f"{recipe.shape}.json")] if recipe.shape else []
+    return random_models.reads(recipe)
 
 
 def sizes(recipe: Recipe) -> dict:
-    """Return what the model's config.json will say."""
-    return read_json(SHAPES / f"{recipe.shape}.json") if recipe.shape else recipe.config
+    """Return what the model's config.json will say of its sizes."""
+    content = random_models.sizes(recipe, VOCABULARY)
+    return content if recipe.positions is None else {**content, "max_position_embeddings": recipe.positions}
+
+
+def real_shape(recipe: Recipe) -> bool:
+    """Return whether the model has a published one's whole shape, in 16 bits, and so its time and memory."""
+    whole = recipe.shape is not None and recipe.layers is None and recipe.narrow == 1
+    return whole and recipe.weights_dtype != "float32"
 
 
 def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, device: str) -> dict:
@@ -64,18 +60,11 @@ def apply(parent: Path | None, output: Path, recipe: Recipe, *, seed: int, devic
 
     There is no parent. Returns the number of parameters, and that the weights are random.
     """
-    import torch
-
-    from espalier import checkpoints
-
     if parent is not None:
         raise ValueError("random_weights makes a model from nothing and takes no parent")
     model, _ = skeleton(recipe)
-    fill(model.to_empty(device=device), torch.Generator(device).manual_seed(seed))
-    parameters = checkpoints.logical_parameters(model)
-    info = {"task": "causal-lm", "parameters": parameters, "weights": "random"}
-    checkpoints.save(model, byte_tokenizer(model.config.max_position_embeddings), output, info)
-    return {"parameters": parameters, "weights": "random"}
+    tokenizer = byte_tokenizer(model.config.max_position_embeddings)
+    return random_models.make(model, tokenizer, output, GIVES, seed=seed, device=device)
 
 
 def skeleton(recipe: Recipe) -> tuple[PreTrainedModel, bool]:
@@ -83,45 +72,17 @@ def skeleton(recipe: Recipe) -> tuple[PreTrainedModel, bool]:
 
     Raises UserError for a config of which no model can be made.
     """
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    content = dict(sizes(recipe))
     # The tokens are those of the tokenizer that this model has, not of the one that the architecture came with.
-    content |= {"bos_token_id": None, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
-    if recipe.layers is not None:
-        content["num_hidden_layers"] = recipe.layers
-    if recipe.positions is not None:
-        content["max_position_embeddings"] = recipe.positions
-    try:
-        config = AutoConfig.for_model(content.pop("model_type"), **content)
-        if config.vocab_size < VOCABULARY:
-            raise ValueError(
-                f"'vocab_size' is {config.vocab_size}, and the tokenizer of single bytes has {VOCABULARY} tokens."
-            )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.weights_dtype)), True
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"No model can be made of the config: {reason}") from error
-
-
-def fill(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Draw a model's weights in place: matrices from a normal distribution; norms are 1, biases 0."""
-    import torch
-
-    model.tie_weights()  # taking them off the meta device has parted tied ones
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-            else:
-                weight.fill_(float(name.endswith("weight")))
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END)
+    config = {**sizes(recipe), **tokens}
+    return random_models.skeleton(config, "AutoModelForCausalLM", recipe.weights_dtype, VOCABULARY), True
 
 
 def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes and the end token, for texts of at most `length` tokens."""
+    """A tokenizer whose tokens are the 256 bytes and the end token, for texts of at most `length` tokens.
+
+    The end token opens a text, too, as GPT-2's does, where an evaluation asks for that; the tokenizer never adds it.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,5 +92,5 @@ def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", model_max_length=length
+        tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>", model_max_length=length
     )

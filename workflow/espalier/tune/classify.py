@@ -86,7 +86,7 @@ def apply(
     )
     seconds = time.perf_counter() - started
     parameters = checkpoints.logical_parameters(checkpoint.model)
-    info = {"task": GIVES, "parameters": parameters, "glue_task": recipe.task}
+    info = {**checkpoint.info, "task": GIVES, "parameters": parameters, "glue_task": recipe.task}
     checkpoints.save(checkpoint.model, tokenizer, output, info)
     losses = report["losses"]
     return {"rows": len(items), "steps": len(losses), "seconds": round(seconds, 2), "losses": losses}

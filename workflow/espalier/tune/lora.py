@@ -64,6 +64,7 @@ class Recipe:
 
     def check(self) -> None:
         training.check_duration(self.steps, self.epochs)
+        self.dataset.check_part(self.split, self.config)
         if min(self.r, self.batch_size, self.micro_batch, self.validate_every) < 1:
             raise ValueError("'r', 'batch_size', 'micro_batch' and 'validate_every' must be at least 1.")
         if self.cutoff < 2 or self.validation_samples < 0 or self.warmup_steps < 0:

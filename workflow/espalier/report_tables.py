@@ -1,0 +1,163 @@
+"""Charts and tables of a report: files of a study as data for its page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from espalier import drawing, plugins, quantization_rows
+from espalier.study import Study, Wanted
+
+QUANTIZED = "quantization_tradeoff"  # the chart whose recipe the table of quantized variants has, too
+
+
+class Cell(NamedTuple):
+    """What a table shows in one place; numbers stand on the right."""
+
+    text: str
+    number: bool = False
+
+
+class Table(NamedTuple):
+    """A table's columns and rows, and the columns that hold one value in all rows, as (column, value)."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    constant: list[tuple[str, str]]
+
+
+class Chart(NamedTuple):
+    """A chart: its picture as a data URI (None: there is none), its numbers, and what a reader must know of both."""
+
+    name: str
+    title: str
+    shows: str  # one sentence
+    picture: str | None
+    early: bool
+    there: int  # of the raw results that it plots
+    wanted: int
+    numbers: Table
+    gaps: dict[str, int]  # outcome → how many points have it instead of a value
+
+
+class Published(NamedTuple):
+    """The table of published values beside ours: how many lie inside their tolerances, outside, and why none could."""
+
+    inside: int
+    outside: int
+    reasons: dict[str, int]  # why a value is not judged → how many
+    rows: Table
+
+
+def table(rows: Iterable[Mapping[str, object]]) -> Table:
+    """Return rows as a table without empty columns; columns with one value in all of several rows are named once."""
+    rows = [{key: _cell(value) for key, value in row.items()} for row in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    texts = {key: {row[key].text if key in row else "" for row in rows} for key in columns}
+    constant = {key: next(iter(found)) for key, found in texts.items() if len(found) == 1}
+    if len(rows) < 2:
+        constant = {key: value for key, value in constant.items() if not value}
+    kept = [key for key in columns if key not in constant]
+    cells = [[row.get(key, Cell("")) for key in kept] for row in rows]
+    return Table(kept, cells, [(key, value) for key, value in constant.items() if value])
+
+
+def number(value: float) -> str:
+    """Return a number as people read it: four digits, thousands apart, whole numbers whole."""
+    if abs(value) >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _cell(value: object) -> Cell:
+    """Return a value as it is shown; text that is a finite number counts as one."""
+    if value is None:
+        return Cell("")
+    try:
+        found = float(value)  # type: ignore[arg-type]
+        return Cell(number(found), True) if abs(found) < float("inf") else Cell(str(value))
+    except (TypeError, ValueError):
+        return Cell(str(value))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none if it is not there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def charts(study: Study, found: Mapping[Wanted, dict], fresh: bool) -> list[Chart]:
+    """Return the study's charts, whole or early; `found` are the raw results that are there.
+
+    Unless the files of charts and tables are known to be `fresh`, one that is older than its results is left out.
+    """
+    there = {study.path(one) for one in found}
+    return [_chart(study, figure, there, fresh) for figure in study.resolved.figures]
+
+
+def _chart(study: Study, figure: str, there: set[str], fresh: bool) -> Chart:
+    plotted = study.figure_results(figure)
+    lacking = [path for path in plotted if path not in there]
+    whole = study.figures / figure
+    prefix = drawing.early(whole) if lacking else whole
+    picture = prefix.with_name(f"{figure}.svg")
+    shown = picture.is_file() and (bool(lacking) or fresh or not _older(picture, plotted))
+    points = read(prefix.with_name(f"{figure}.csv")) if shown else []
+    outcomes = Counter(point["outcome"] for point in points if point.get("outcome") not in ("ok", "", None))
+    step = study.step("figures", figure)
+    return Chart(
+        name=figure,
+        title=step.recipe.title or figure,
+        shows=_first_line(plugins.load("figures", figure).__doc__),
+        picture=_data_uri(picture) if shown else None,
+        early=bool(lacking),
+        there=len(plotted) - len(lacking),
+        wanted=len(plotted),
+        numbers=table(points),
+        gaps=dict(outcomes.most_common()),
+    )
+
+
+def _data_uri(picture: Path) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
+
+
+def _older(file: Path, results: Iterable[str]) -> bool:
+    """Return whether a file is older than one of the raw results that it is made of, or one of these is gone."""
+    made = file.stat().st_mtime
+    return any(not os.path.exists(path) or os.stat(path).st_mtime > made for path in results)
+
+
+def quantized(study: Study, fresh: bool) -> tuple[Table, Table] | None:
+    """Return the table of quantized variants and their paired tests; None if the study has none that is up to date."""
+    values, pairs = study.root / "tables/quantization.json", study.root / "tables/quantization_paired.csv"
+    if QUANTIZED not in study.resolved.figures or not (values.is_file() and pairs.is_file()):
+        return None
+    if not fresh and _older(values, study.figure_results(QUANTIZED)):
+        return None
+    rows = json.loads(values.read_text(encoding="utf-8"))
+    named = [{"variant": name, **{key: row[key] for key in quantization_rows.KEYS}} for name, row in rows.items()]
+    return table(named), table(read(pairs))
+
+
+def published(study: Study, found: Iterable[Wanted], fresh: bool) -> Published | None:
+    """Return the table of published values beside ours; None if the study has none that is up to date."""
+    file = study.root / "tables/published.csv"
+    if not file.is_file() or (not fresh and _older(file, map(study.path, found))):
+        return None
+    rows = read(file)
+    verdicts = Counter(row["inside"] for row in rows)
+    reasons = Counter(row["why"] for row in rows if row["inside"] not in ("yes", "no"))
+    return Published(verdicts["yes"], verdicts["no"], dict(reasons.most_common()), table(rows))
