@@ -165,6 +165,15 @@ def test_time_and_memory_of_random_weights_count_where_accuracy_does_not():
     assert (scored["measured"], scored["why"]) == (None, "m is made by Espalier (pretrain: random-weights)")
 
 
+def test_a_checkpoint_that_espalier_made_is_no_published_model(demo_config, tmp_path):
+    """Also where another study names it by its path."""
+    (tmp_path / "config.json").write_text("{}")
+    demo_config["models"]["other"] = {"path": str(tmp_path)}
+    assert "other" not in comparisons.made_here(Study(demo_config).resolved, {"evaluate"})
+    (tmp_path / "espalier.json").write_text("{}")
+    assert comparisons.made_here(Study(demo_config).resolved, {"profile"})["other"] == f"path: {tmp_path}"
+
+
 SHAPED = {"pretrain": "random-weights", "shape": "llama-7b"}
 
 
@@ -229,10 +238,11 @@ def test_bytes_in_the_published_unit():
 
 # What our step removed → places that differ from 24 26 25 10 27 13 22 14 9 29 12.
 ORDERS = {
-    "the first nine": ([24, 26, 25, 10, 27, 13, 22, 14, 9], 0, "yes"),
+    "the first nine": ([24, 26, 25, 10, 27, 13, 22, 14, 9], 0, None),
     "more than were published": ([24, 26, 25, 10, 27, 13, 22, 14, 9, 29, 12, 0, 1], 0, "yes"),
-    "two exchanged": ([24, 25, 26, 10], 2, "no"),
-    "another block": ([24, 26, 25, 11], 1, "no"),
+    "all": ([24, 26, 25, 10, 27, 13, 22, 14, 9, 29, 12], 0, "yes"),
+    "two exchanged": ([24, 25, 26, 10, 27, 13, 22, 14, 9, 29, 12], 2, "no"),
+    "another block": ([24, 26, 25, 11, 27, 13, 22, 14, 9, 29, 12], 1, "no"),
 }
 
 
@@ -243,7 +253,7 @@ def test_an_order_of_removal(name):
     columns = {"first_blocks_removed": {"order": True}}
     entry = {"values": "shortened_llama_block_orders", "columns": columns, "rows": rows}
     step = raw("ppl", [], kind="step", chain="dense+ppl", samples={"removed": removed})
-    same = raw("ppl", [], kind="step", chain="dense+ppl", seed=1, samples={"removed": [24, 26]})
+    same = raw("ppl", [], kind="step", chain="dense+ppl", seed=1, samples={"removed": ORDERS["all"][0]})
     other = raw("ppl", [], kind="step", chain="dense+ppl", model="other", samples={"removed": [1]})
     (line,) = table([entry], [same, step, other])
     assert (line["difference"], line["inside"], line["published"]) == (
@@ -253,7 +263,7 @@ def test_an_order_of_removal(name):
     )
     assert differ == 0 or line["measured"] == " ".join(map(str, removed))
     near = entry | {"columns": {"first_blocks_removed": {"order": True, "tolerance": 1}}}
-    assert table([near], [step])[0]["inside"] == ("yes" if differ < 2 else "no")
+    assert table([near], [step])[0]["inside"] == (inside and ("yes" if differ < 2 else "no"))
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------
@@ -335,7 +345,7 @@ ENGINES = {
             "title": PANEL,
             "model": "m",
             "chain": "dense",
-            "series": {"HF": "hf", "vLLM": "vllm", "DeepSpeed": "ds", "Ours": "own"},
+            "series": {"HF": "hf", "vLLM": "vllm", "FlashDecoding": "fd", "DeepSpeed": "ds", "Ours": "own"},
         }
     ]
 }
@@ -352,25 +362,44 @@ def test_averages_over_all_conditions_that_both_engines_have():
     lines = by_place(table([entry], [decoding(*one) for one in SPEEDS], {"engine_speedup": ENGINES}))
     average = lines["speedup", "vLLM / average / all"]
     # Ours / vLLM is 24 / 20 and 35 / 25: 1.3 on average, and 1.24 ± 20% is published.
-    assert verdict(average) == (pytest.approx(1.3), pytest.approx(0.06), "yes", None)
+    both = "other devices: this is of A100 and RTX 3090"
+    assert verdict(average) == (pytest.approx(1.3), pytest.approx(0.06), None, both)
     assert average["stderr"] == pytest.approx(0.03 * 2**0.5 * (1.2**2 + 1.4**2) ** 0.5 / 2)
     assert (average["file"], average["certainty"]) == ("engine_speedup_headlines.csv", "exact")
     largest = lines["speedup", "HF / maximum / A100 and RTX 3090"]
-    assert verdict(largest) == (pytest.approx(3.5), pytest.approx(3.5 - 4.86), "no", None)
+    assert verdict(largest) == (pytest.approx(3.5), pytest.approx(3.5 - 4.86), None, both)
     assert largest["stderr"] == pytest.approx(0.03 * 2**0.5 * 3.5)
     assert lines["speedup", "DeepSpeed / average / all"]["why"] == "missing: no condition has both Ours and DeepSpeed"
     assert lines["speedup", "FlashDecoding / average / A100"]["measured"] is None
 
 
-def test_averages_of_another_gpu_have_no_verdict():
+@pytest.mark.parametrize(
+    ("flash", "device", "expected"),
+    [
+        ({(1, 8): 20.0, (1, 16): 25.0, (2, 8): 40.0}, A100, (pytest.approx(4.1 / 3), "yes", None)),
+        ({(1, 8): 10.0, (1, 16): 10.0, (2, 8): 20.0}, A100, (pytest.approx(8.9 / 3), "no", None)),
+        ({(1, 8): 20.0, (1, 16): 25.0}, A100, (pytest.approx(1.3), None, "of 2 of this chart's 3 conditions")),
+        (
+            {(1, 8): 20.0, (1, 16): 25.0, (2, 8): 40.0},
+            H200,
+            (pytest.approx(4.1 / 3), None, "other devices: this is of A100"),
+        ),
+    ],
+)
+def test_an_average_counts_on_its_device_over_all_conditions(flash, device, expected):
+    """Ours / FlashDecoding is 24 / 20, 35 / 25 and 60 / 40; 1.37 ± 20% is published for the A100."""
     entry = {"figure": "engine_speedup", "tolerance": "20%"}
-    lines = by_place(table([entry], [decoding(*one, device=H200) for one in SPEEDS], {"engine_speedup": ENGINES}))
-    why = "other device: this average is of A100 and RTX 3090"
-    assert verdict(lines["speedup", "HF / maximum / A100 and RTX 3090"])[2:] == (None, why)
-    assert lines["speedup", "vLLM / average / all"]["inside"] == "yes"
-    asked = entry | {"device": "A100"}
-    lines = by_place(table([asked], [decoding(*one, device=H200) for one in SPEEDS], {"engine_speedup": ENGINES}))
-    assert lines["speedup", "vLLM / average / all"]["why"] == "other device: a verdict is for A100"
+    speeds = [*(one for one in SPEEDS if one[0] != "ds"), ("fd", flash)]
+    lines = by_place(table([entry], [decoding(*one, device=device) for one in speeds], {"engine_speedup": ENGINES}))
+    line = lines["speedup", "FlashDecoding / average / A100"]
+    assert (line["measured"], line["inside"], line["why"]) == expected
+
+
+def test_a_verdict_for_a_device_that_is_asked_for():
+    asked = {"figure": "engine_speedup", "tolerance": "20%", "device": "H100"}
+    speeds = [*(one for one in SPEEDS if one[0] != "ds"), ("fd", {(1, 8): 20.0, (1, 16): 25.0, (2, 8): 40.0})]
+    lines = by_place(table([asked], [decoding(*one) for one in speeds], {"engine_speedup": ENGINES}))
+    assert lines["speedup", "FlashDecoding / average / A100"]["why"] == "other device: a verdict is for H100"
 
 
 def test_what_the_source_does_not_state_can_be_compared_with_nothing():

@@ -232,7 +232,7 @@ def test_published_values_are_refused_beside_a_model_that_the_study_makes(demo_c
         Study(demo_config)
     assert str(refused.value) == (
         "config.yaml: figures.glue_bits.published: published values are of real weights, and 'tiny-bert' is made by"
-        " this study: leave this key out, or say false."
+        " Espalier: leave this key out, or say false."
     )
     demo_config["figures"]["glue_bits"]["published"] = False
     Study(demo_config)

@@ -137,7 +137,9 @@ def test_what_is_trained_is_stored_as_its_model_is(name):
 
 def snippets() -> list[tuple[str, str]]:
     pages = ("README.md", "docs/studies.md")
-    blocks = [(page, re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)) for page in pages]
+    blocks = [
+        (page, re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)) for page in pages
+    ]
     return [(page, block) for page, found in blocks for block in found if block.startswith("base:")]
 
 

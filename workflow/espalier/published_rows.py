@@ -177,7 +177,7 @@ def _order(cell: Cell, results: list[dict], published: list[str]) -> Ours:
             if len(removed) < len(published):
                 why = f"only {len(removed)} of {len(published)} places are there"
             found.append(Ours(" ".join(removed), difference=differ, device=device, why=why))
-    return max(found, key=lambda one: one.difference, default=Ours(None, outcome="missing"))
+    return max(found, key=lambda one: (one.difference, one.why is not None), default=Ours(None, outcome="missing"))
 
 
 def _condition(keys: Mapping) -> str:

@@ -1,7 +1,7 @@
 """Perplexity on running text: documents joined, cut into windows that do not overlap (Kim et al. 2024, 2402.02834).
 
-All rows, empty ones too, are joined by `joiner` and tokenized as one text, with the BOS token before it or not. WikiText
-has a blank row where an article's line ends: they are part of the published numbers. The tokens are cut
+All rows, empty ones too, are joined by `joiner` and tokenized as one text, with the BOS token before it or not.
+WikiText has blank rows between its lines, which are part of the published numbers. The tokens are cut
 into windows of `window` tokens, BOS counted; a last incomplete window is dropped. Each window is scored by itself:
 its first token is not predicted, so a window gives window − 1 predictions. Perplexity = exp(mean negative
 log-likelihood over all predictions), natural logarithm, log-softmax in float32.
