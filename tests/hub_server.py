@@ -38,7 +38,7 @@ class Fault:
     """What goes wrong with the next `times` answers to requests whose path holds `path`."""
 
     path: str
-    kind: str  # stall, truncate, corrupt, or an HTTP status
+    kind: str  # silence, stall, truncate, corrupt, or an HTTP status
     times: int = 10**9
     method: str = "GET"
 
@@ -51,6 +51,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)  # parts of files that were asked for
+    tokens: set[str] | None = None  # those that are known: who sends another is refused everything; None: any is
     endpoint: str = ""
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -104,7 +105,13 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(path)
         self.hub.asked.append((self.command, path, self.headers.get("Authorization")))
         self.fault = self.take_fault(path)
-        if self.fault.isdigit():
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.fault == "silence":
+            self.hub.closed.wait(LONG)
+            self.close_connection = True
+        elif sent and self.hub.tokens is not None and sent not in self.hub.tokens:
+            self.reply(b"", 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif self.fault.isdigit():
             self.reply(b"", int(self.fault), {"Retry-After": "0"})
         elif path.startswith("/cdn/"):
             self.send_large(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
@@ -35,3 +36,25 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
     save_file({key: one for key, one in stored.items() if key != name}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"model cannot be loaded: its files lack weights of the model, such as {name}"):
         checkpoints.load(folder, "cpu")
+
+
+BUFFERS = {
+    "truth values": torch.ones(8, 8, dtype=torch.bool),
+    "numbers of positions": torch.arange(8)[None],
+    "frequencies in 32 bits": torch.ones(8),
+}
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_buffers_do_not_change_the_bits_of_a_weight(tmp_path, buffer):
+    """Old versions of transformers saved them: masks, position ids and rotary frequencies."""
+    source = llama(tmp_path / "model")
+    stored = {key: one.to(torch.bfloat16) for key, one in load_file(source / "model.safetensors").items()}
+    save_file({**stored, "model.buffer": BUFFERS[buffer]}, source / "model.safetensors", {"format": "pt"})
+    (tmp_path / "pointer").mkdir()
+    reference = {"path": str(source), "id": None, "revision": None, "task": "causal-lm", "dtype": "auto"}
+    checkpoints.refer(tmp_path / "pointer", {**reference, "trust_remote_code": False})
+    assert checkpoints.describe(tmp_path / "pointer")["bits"] == 16
+    save_file({"model.buffer": torch.arange(8)}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model holds no matrices of floating-point numbers"):
+        checkpoints.refer(tmp_path / "pointer", {**reference, "trust_remote_code": False})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
+import hub_server
 from conftest import copy_project, snakemake
-from espalier import harness_names, hub, hub_cache, hub_download, hub_questions, preflight
+from espalier import harness_names, hub, hub_cache, hub_download, hub_files, hub_questions, preflight
 from espalier.errors import UserError
-from hub_server import Hub, Repository, serve
+from hub_server import Fault, Hub, Repository, serve
 from hub_study import DEAD, TOKEN, model_files, of_cache, study, use_hub, words
 
 
@@ -197,6 +200,38 @@ def test_a_hub_that_does_not_answer_is_one_sentence(client, tmp_path, monkeypatc
     assert sentence.endswith("jobs read with HF_HUB_OFFLINE=1 what `snakemake prefetch` downloaded elsewhere.")
 
 
+def test_a_token_that_is_not_accepted_is_one_sentence(client, model, tmp_path, monkeypatch):
+    """The hub refuses it for what is public, too, in words that it has for nothing else."""
+    commits = {"tiny": client.add("models", "someone/tiny", model)}
+    commits["words"] = client.add("datasets", "someone/words", words(0))
+    of = study(tmp_path, commits)
+    client.tokens = set()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(UserError) as caught:
+        hub_download.prefetch("s", hub.needed(of), tmp_path / "prefetch.json")
+    (sentence,) = hub_questions.refusals(of, hub.needed(of))
+    assert sentence == str(caught.value)
+    assert sentence.startswith(f"{client.endpoint} does not accept the token that is set (HF_TOKEN, or that of `hf au")
+    client.tokens.add(TOKEN)
+    assert hub_questions.refusals(of, hub.needed(of)) == []
+
+
+def test_a_hub_that_falls_silent_over_a_data_set_is_not_waited_for_long(client, tmp_path, monkeypatch):
+    """A download of its README would ask again, with ever longer limits."""
+    monkeypatch.setattr(hub_server, "LONG", 3)
+    metadata = functools.partialmethod(HfApi.get_hf_file_metadata, timeout=0.1)
+    monkeypatch.setattr(HfApi, "get_hf_file_metadata", metadata)
+    item = hub.Item("dataset", "someone/words", "one", client.add("datasets", "someone/words", words(0)))
+    client.faults.append(Fault("README.md", "silence", method="HEAD"))
+    started = time.monotonic()
+    _, (sentence,) = hub_questions.ask([item])
+    assert "cannot be reached, or stops answering" in sentence
+    assert time.monotonic() - started < 5
+    assert [path for _, path, _ in client.asked if path.endswith("README.md")] == hub_files.ATTEMPTS * [
+        f"/datasets/someone/words/resolve/{item.revision}/README.md"
+    ]
+
+
 def test_only_what_the_jobs_of_a_run_read_is_asked_for(tmp_path):
     text = {"dataset": "words", "config": "one"}
     few = {"text": {**text, "split": "train"}, "samples": 1, "length": 8}
@@ -205,7 +240,7 @@ def test_only_what_the_jobs_of_a_run_read_is_asked_for(tmp_path):
     of = study(tmp_path, commits, calibrations={"few": few}, recipes=recipes)
 
     def read(rule: str, **wildcards: str) -> set[str]:
-        return preflight._entries_read([SimpleNamespace(rule=SimpleNamespace(name=rule), wildcards_dict=wildcards)], of)
+        return preflight._entries_read([job(rule, **wildcards)], of)
 
     assert read("draw_figure", figure="x") == set()
     assert read("evaluate_model", model="m", seed="0", chain="dense", suite="held") == {"models.m", "suites.held"}
@@ -214,13 +249,55 @@ def test_only_what_the_jobs_of_a_run_read_is_asked_for(tmp_path):
     assert read("check_calibration", text="x") == {"calibrations.few", "suites.held"}
 
 
+def job(rule: str, **wildcards: str) -> SimpleNamespace:
+    return SimpleNamespace(rule=SimpleNamespace(name=rule), wildcards_dict=wildcards)
+
+
+def run_of(*jobs: SimpleNamespace) -> SimpleNamespace:
+    """What a run of these jobs on this machine knows of itself."""
+    options = {"is_main_process": True, "local_exec": True, "touch": False, "_build_dag": lambda: None}
+    targets = SimpleNamespace(targets=set())
+    return SimpleNamespace(dag=SimpleNamespace(needrun_jobs=lambda: jobs), dag_settings=targets, **options)
+
+
+MADE = {
+    "converted": {"hub": "someone/old", "revision": "a" * 40, "convert": True},
+    "trained": {"pretrain": "demo-decoder", "text": {"dataset": "words", "config": "two", "split": "train"}},
+}
+
+
+@pytest.mark.parametrize("model", MADE)
+def test_what_a_model_was_made_of_is_needed_by_the_job_that_makes_it_alone(client, tmp_path, model):
+    """Later jobs read what lies in results, and the hub may be gone."""
+    measure = [{"model": model, "chains": ["dense"], "suites": ["held"]}]
+    of = study(tmp_path, {"tiny": "", "words": "b" * 40}, models={model: MADE[model]}, measure=measure)
+    rule = {"converted": "fetch_model", "trained": "pretrain_model"}[model]
+    makes, measures = job(rule, model=model), job("evaluate_model", model=model, suite="held")
+
+    def refused(*jobs: SimpleNamespace, offline: bool) -> bool:
+        run = run_of(*jobs)
+        try:
+            if not offline:
+                preflight.ask_hub(run, of)
+            else:
+                preflight._check_cache_later(run, of)
+                run._build_dag()
+        except UserError as error:
+            return f"models.{model}" in str(error)
+        return False
+
+    for offline in (False, True):
+        assert not refused(measures, offline=offline)
+        assert refused(makes, measures, offline=offline)
+
+
 def test_where_the_hub_is_off_all_that_lacks_is_said_at_once(client, tmp_path):
     zero_shot = {"evaluate": "harness", "tasks": ["boolq", "piqua"]}
     text = {"dataset": "words", "config": "one", "split": "test"}
     suites = {"held": {"evaluate": "perplexity", "text": text}, "zero-shot": zero_shot}
     of = study(tmp_path, {"tiny": "a" * 40, "words": "b" * 40}, suites=suites)
     with pytest.raises(UserError) as caught:
-        preflight._check_hub(of, offline=True, asks=False)
+        preflight._check_hub(of, offline=True, asks=False)  # it ends here, before its jobs are known
     for lack in (
         f"model someone/tiny at {'a' * 12} (models.m): never prefetched",
         f"data set someone/words, config one at {'b' * 12} (datasets.words, suites.held): never prefetched",

@@ -162,9 +162,10 @@ def test_a_model_of_the_hub_is_unknown_until_its_files_have_come(tmp_path, check
     assert value(needs.memory(base=1000, weights=2), model="far") == 33000
     shutil.copytree(checkpoint, snapshot)
     (snapshot / "model.safetensors").rename(snapshot / "elsewhere")
-    assert needs.size(needs.study, "far") is needs.ASSUMED
+    count = checkpoints.describe(checkpoint)["parameters"]
+    assert needs.size(needs.study, "far") == needs.Size(count, 4 * count, "shape"), "its config.json is there"
     (snapshot / "elsewhere").rename(snapshot / "model.safetensors")
-    assert needs.size(needs.study, "far").parameters == checkpoints.describe(checkpoint)["parameters"]
+    assert needs.size(needs.study, "far") == needs.Size(count, 4 * count, "weight files")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,8 @@ def test_a_model_of_the_hub_has_the_size_of_its_shape_until_then(
     snapshot = tmp_path / "models--someone--model" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     shutil.copy(checkpoint / "config.json", snapshot)  # its weights have not come yet
-    assert needs.size(far, "far").source == "shape"
+    count = checkpoints.describe(checkpoint)["parameters"]
+    assert needs.size(far, "far") == needs.Size(count, 4 * count, "shape")
     shutil.copy(checkpoint / "model.safetensors", snapshot)
     assert needs.size(far, "far").parameters == checkpoints.describe(checkpoint)["parameters"]
 
@@ -194,7 +196,28 @@ def test_a_model_of_the_hub_has_the_size_of_its_shape_until_then(
 def test_a_damaged_file_is_no_size(tmp_path, checkpoint, content):
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(content)
+    assert needs.size(study(model={"path": str(damaged)}), "model").source == "shape"
+    (damaged / "config.json").write_bytes(content)
     assert needs.size(study(model={"path": str(damaged)}), "model") is needs.ASSUMED
+
+
+UNWRITTEN = {
+    "as its config says": ({"torch_dtype": "float16"}, {}, 2),
+    "as its entry says": ({"torch_dtype": "float16"}, {"dtype": "float32"}, 4),
+    "as decoders are published": ({}, {}, 2),
+    "not known, without a shape": ({"hidden_size": None}, {}, None),
+    "of another kind": ({"intermediate_size": None, "model_type": "nemotron"}, {}, None),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_a_model_without_safetensors_is_counted_from_its_config(tmp_path, case):
+    """As one whose weights are to be converted."""
+    changes, entry, width = UNWRITTEN[case]
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llama"], **changes}))
+    count = needs.parameters(CONFIGS["llama"])
+    expected = needs.Size(count, width * count, "shape") if width else needs.ASSUMED
+    assert needs.size(study(old={"path": str(tmp_path), "convert": True, **entry}), "old") == expected
 
 
 def test_torch_is_not_imported():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import tiny
 from espalier import checkpoints, config, hub, hub_download, needs, pickled_weights, planning
 from espalier.errors import UserError
 from espalier.planned_jobs import Job
-from hub_server import serve
+from hub_server import Fault, serve
 from hub_study import model_files, study, use_hub
 
 LOADERS = {
@@ -302,6 +303,19 @@ def test_a_model_of_the_hub_is_converted_with_and_without_the_hub(client, opt, t
     assert torch.equal(logits(checkpoints.load(tmp_path / "offline", "cpu").model), logits(families.tiny("opt")))
 
 
+@pytest.mark.parametrize("status", ["503", "429", "401"])
+def test_a_whole_cache_is_converted_while_the_hub_is_ill(client, opt, tmp_path, status):
+    where = {"path": None, "id": "someone/old", "revision": client.add("models", "someone/old", opt)}
+    report = convert(None, tmp_path / "well", **where)
+    client.faults += [Fault("/", status, method=method) for method in ("GET", "HEAD")]
+    client.asked.clear()
+    assert convert(None, tmp_path / "ill", **where) == report
+    assert client.asked, "it was asked in vain"
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"The model someone/old, .* cannot be downloaded: .*\.$"):
+        convert(None, tmp_path / "lacking", **where)
+
+
 def test_a_prefetch_without_the_key_does_not_do_for_a_study_with_it(client, tmp_path, monkeypatch):
     revision = client.add("models", "someone/tiny", model_files(tmp_path / "model"))
     model = {"hub": "someone/tiny", "revision": revision}
@@ -355,13 +369,17 @@ def test_a_plan_knows_the_size_of_what_is_converted(tmp_path, opt):
     each = 2 * 1_100_048_384
     assert planning.disk(of, jobs["old"]).value == 2 * each, "downloaded, and written once more"
     assert planning.disk(of, jobs["new"]).value == each
-    assert planning.disk(of, jobs["mine"]).value == needs.ASSUMED.bytes
-    folders["mine"].parent.mkdir(parents=True)
-    convert(tmp_path / "source", folders["mine"])
     model = families.tiny("opt")
     count = sum(one.numel() for one in model.parameters())
+    assert planning.disk(of, jobs["mine"]).value == 2 * count, "its config.json is there"
+    folders["mine"].parent.mkdir(parents=True)
+    convert(tmp_path / "source", folders["mine"])
     count += model.lm_head.weight.numel()  # of two files each holds the tied matrix
     assert needs.size(of, "mine") == needs.Size(count, 4 * count, "weight files")
+    folders["old"].parent.mkdir(parents=True)
+    folders["mine"].rename(folders["old"])
+    assert needs.size(of, "old") == needs.Size(count, 4 * count, "weight files"), "the hub's cache may be gone"
+    assert needs.config_of(of, "old")["model_type"] == "opt"
 
 
 def test_the_key_is_a_parameter_of_the_job_that_fetches(tmp_path):

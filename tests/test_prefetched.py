@@ -310,7 +310,14 @@ def test_a_study_without_prefetch_stops_at_once_and_with_it_runs_offline(model, 
         assert refused.returncode == 1
         message = refused.stdout + refused.stderr
         assert f"model someone/tiny at {revision[:12]} (models.m): never prefetched" in message
+        assert "data set someone/words, config one" in message, "all at once"
         assert "type: snakemake prefetch --configfile s.yaml" in message
+        refused = snakemake(project, "--configfile", "s.yaml", "--cores", "1")
+        assert refused.returncode == 1
+        assert message.splitlines()[-1] in refused.stdout + refused.stderr
+        assert not list((project / "results").rglob("*.log")), "no job has started"
+        published = snakemake(project, "reference_figures", "--configfile", "s.yaml", "-n")
+        assert published.returncode == 0, "it needs nothing of the hub: " + published.stderr
         prefetch = snakemake(project, "prefetch", "--configfile", "s.yaml", "--cores", "1")
         assert prefetch.returncode == 0, prefetch.stderr
     monkeypatch.setenv("HF_ENDPOINT", DEAD)

@@ -104,6 +104,7 @@ def test_an_access_token_is_not_handed_to_jobs_that_ask_no_hub(monkeypatch, tmp_
         monkeypatch.setenv(name, "")
     workflow = SimpleNamespace(
         dag_settings=SimpleNamespace(targets=set()),
+        _build_dag=lambda: None,
         storage_settings=SimpleNamespace(shared_fs_usage={preflight.SharedFSUsage.PERSISTENCE}),
     )
     preflight.check(workflow, Study(SMOKE, results=str(tmp_path)), "local", None)

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, environment
-from espalier import definitions, report, report_runs, report_tables, tables
+from espalier import definitions, drawing, early_charts, report, report_runs, report_tables, tables
 from espalier.early_charts import Current
 from espalier.study import Study
 from test_docs import LIBRARY, metrics_of, page
@@ -74,11 +75,24 @@ def finished(tmp_path, monkeypatch):
     return study
 
 
+def compared():
+    """Return the study with its chart's values beside published ones, which it has made a table of."""
+    study = Study(config() | {"compare": [{"figure": "glue_bits", "tolerance": 1}]})
+    table = study.root / "tables/published.csv"
+    table.parent.mkdir(exist_ok=True)
+    verdicts = [("yes", ""), ("yes", ""), ("no", ""), ("", "oom"), ("", "not measured"), ("", "oom")]
+    lines = [f"file,{i},{inside},{why}" for i, (inside, why) in enumerate(verdicts)]
+    table.write_text("\n".join(["source,published,inside,why", *lines]) + "\n")
+    return study
+
+
 def draw(study, folder="", ago=0):
     """Write files of the study's chart into a folder beside it, as if they had been drawn so many seconds ago."""
     place = study.figures / folder
     place.mkdir(parents=True, exist_ok=True)
-    (place / "glue_bits.svg").write_text(PICTURE)
+    there = sum(Path(path).exists() for path in study.figure_results("glue_bits"))
+    mark = drawing.mark("glue_bits", study.step("figures", "glue_bits").recipe, there)
+    (place / "glue_bits.svg").write_text(PICTURE.replace("<rect", f'<rect id="{mark}"'))
     (place / "glue_bits.csv").write_text(NUMBERS)
     drawn = time.time() - ago
     os.utime(place / "glue_bits.svg", (drawn, drawn))
@@ -118,7 +132,8 @@ def test_headings_never_skip_a_level_and_every_picture_says_what_it_shows(finish
 def test_a_chart_is_its_own_bytes_with_its_numbers_beside_it(finished):
     found = written(finished)
     (picture,) = found.pictures
-    assert base64.b64decode(picture["src"].partition("base64,")[2]).decode() == PICTURE
+    drawn = (finished.figures / "glue_bits.svg").read_bytes()
+    assert base64.b64decode(picture["src"].partition("base64,")[2]) == drawn
     assert found.tables["numbers of My GLUE"] == [
         ["panel", "value", "outcome"], ["CoLA", "0.1235", "ok"], ["RTE", "", "oom"]
     ]  # fmt: skip
@@ -175,6 +190,19 @@ def test_recipes_in_words(finished, keys, expected):
 # What must be known ---------------------------------------------------------------------------------------------------
 
 
+def test_random_weights_are_told_of_before_any_result_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = {"pretrain": "random-encoder", "config": {"model_type": "bert", "hidden_size": 64}}
+    study = Study(config() | {"models": {"m": model}})
+    assert report_runs.models(study, {})[0].warning.startswith("Its weights are random: its accuracies mean nothing")
+
+
+def test_a_local_model_that_espalier_made_is_no_published_one(finished):
+    assert report_runs.models(finished, {})[0].warning == ""
+    Path("model/espalier.json").write_text("{}")
+    assert report_runs.models(finished, {})[0].warning.startswith("It is made by Espalier: its numbers say nothing")
+
+
 def test_a_model_of_random_weights_is_named_before_any_number(finished):
     for one in finished.everything():
         changed(one, "checkpoint", weights="random")(finished)
@@ -184,17 +212,16 @@ def test_a_model_of_random_weights_is_named_before_any_number(finished):
 
 def test_missing_results_are_named_and_the_early_chart_stands_in(finished):
     without(COLA)(finished)
-    changed(DENSE._replace(chain="dense+rte", name="rte"), "provenance", code="0" * 16)(finished)
+    changed(DENSE._replace(chain="dense+cola", name="cola"), "provenance", code="0" * 16)(finished)
     draw(finished, "early")
     (finished.figures / "early/glue_bits.csv").write_text("panel,value\nRTE,7\nRTE,8\n")
     found = written(finished)
     assert [line[2:] for line in found.tables["results that are not there"][1:]] == [
         ["dense+cola", "evaluate", "glue-cola", "not there"],
-        ["dense+rte", "evaluate", "glue-rte", "out of date"],
-        ["dense+rte", "step", "rte", "out of date"],
+        ["dense+cola", "step", "cola", "out of date"],
     ]
-    assert "3 of 5 results." in found.text
-    assert "Early: 0 of its 2 results are there." in found.text
+    assert "2 of 5 results." in found.text
+    assert "Early: 1 of its 2 results are there." in found.text
     assert found.tables["numbers of My GLUE"] == [["value"], ["7"], ["8"]]
 
 
@@ -203,9 +230,53 @@ def test_a_chart_that_is_older_than_its_results_is_left_out_unless_snakemake_vou
     found = written(finished)
     assert found.pictures == []
     assert "There is no chart that is up to date: 2 of its 2 results are there." in found.text
+    assert "Nothing: every result" not in found.text
+    assert "1 of the charts and tables is not there or not up to date: which." in found.text
+    assert "chart “My GLUE”" in found.text.partition("Charts and tables that are not up to date")[2]
     results = {one: tables.read(Path(finished.path(one))) for one in finished.everything()}
     report.write(finished, results, Path("vouched.html"), fresh=True)
     assert len(Page(Path("vouched.html").read_text()).pictures) == 1
+
+
+def test_an_early_chart_that_is_older_than_a_result_that_is_there_is_left_out(finished):
+    without(COLA)(finished)
+    draw(finished, "early", ago=60)
+    assert written(finished).pictures == []
+    draw(finished, "early")
+    assert len(written(finished).pictures) == 1
+
+
+def test_an_early_chart_of_more_results_than_are_there_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = finish(seeds=(0, 1))
+    without(COLA)(study)
+    draw(study, "early")
+    assert "Early: 3 of its 4 results are there." in written(study).text
+    without(COLA._replace(seed=1))(study)
+    found = written(study)
+    assert found.pictures == []
+    assert "There is no chart that is up to date: 2 of its 4 results are there." in found.text
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["whole", "early"])
+@pytest.mark.parametrize("other", ["title", "code"])
+def test_a_real_chart_of_another_recipe_or_other_code_is_left_out(finished, monkeypatch, early, other):
+    if early:
+        without(COLA)(finished)
+        assert early_charts.draw(finished, "glue_bits", Current(finished))
+    else:
+        recipe = finished.content("figures", "glue_bits")
+        given = ["--figure", "glue_bits", "--recipe", recipe, "--output", str(finished.figures / "glue_bits")]
+        script = runpy.run_path(str(ROOT / "workflow/scripts/draw_figure.py"))
+        script["main"]([*given, "--results", *finished.figure_results("glue_bits")])
+    assert len(written(finished).pictures) == 1
+    if other == "title":
+        changed_title = config()
+        changed_title["figures"]["glue_bits"]["title"] = "Another"
+        finished = Study(changed_title)
+    else:
+        monkeypatch.setattr(drawing, "code_version", lambda *_: "0" * 16)
+    assert written(finished).pictures == []
 
 
 def test_measurements_without_a_value_are_listed_by_condition(finished):
@@ -228,16 +299,39 @@ def test_results_of_edited_files_and_of_two_devices_are_told(finished):
 
 
 def test_published_values_are_counted_and_those_without_a_verdict_say_why(finished):
-    table = finished.root / "tables/published.csv"
-    table.parent.mkdir()
-    verdicts = [("yes", ""), ("yes", ""), ("no", ""), ("", "oom"), ("", "not measured"), ("", "oom")]
-    lines = [f"file,{i},{inside},{why}" for i, (inside, why) in enumerate(verdicts)]
-    table.write_text("\n".join(["source,published,inside,why", *lines]) + "\n")
-    found = written(finished)
+    found = written(compared())
     assert "2 inside the tolerance that the study states for it, 1 outside, 3 without a verdict." in found.text
     assert found.text.count("2: oom 1: not measured") == 2, "where they are counted, and under what is missing"
     assert "Nothing: every result" not in found.text
     assert len(found.tables["published values and ours"]) == 7
+    assert re.search(r"Made 20\d\d-.{14} UTC; a change of its recipe or code since then is not noticed\.", found.text)
+
+
+def test_published_values_of_a_study_that_compares_nothing_any_more_are_not_shown(finished):
+    compared()
+    found = written(finished)
+    assert "Published against measured" not in found.text
+    assert "published values and ours" not in found.tables
+    assert "table of published values" not in found.text
+    assert "Nothing: every result" in found.text
+
+
+@pytest.mark.parametrize("spoil", ["a result is gone", "a result is out of date", "it is older", "it is gone"])
+def test_a_table_that_is_not_of_todays_results_is_named_as_missing(finished, spoil):
+    study = compared()
+    table = study.root / "tables/published.csv"
+    if spoil == "a result is gone":
+        without(COLA)(study)
+    elif spoil == "a result is out of date":
+        changed(COLA, "provenance", code="0" * 16)(study)
+        os.utime(table, (time.time() + 9,) * 2)
+    elif spoil == "it is older":
+        os.utime(table, (1, 1))
+    else:
+        table.unlink()
+    found = written(study)
+    assert "Published against measured" not in found.text
+    assert "table of published values" in found.text.partition("Charts and tables that are not up to date")[2]
 
 
 def test_a_whole_report_takes_the_early_one_away(finished):
@@ -271,6 +365,26 @@ def test_a_table_names_a_column_of_one_value_once_and_leaves_empty_ones_out():
         [("x", False), ("1.5", True)], [("y", False), ("inf", False)]
     ]  # fmt: skip
     assert report_tables.table(rows[:1]).columns == ["a", "b", "d"], "one row alone is shown whole"
+
+
+@pytest.mark.parametrize(
+    ("column", "texts", "shown", "numbers"),
+    [
+        ("value", ["1500.25", "", "-2e-07"], ["1,500", "", "-2e-07"], [True, False, True]),
+        ("value", [1500.25, None, 7], ["1,500", "", "7"], [True, False, True]),
+        ("value", ["1500.25", "nan", "-inf"], ["1,500", "nan", "-inf"], [True, False, False]),
+        ("value", ["1500", "7%"], ["1500", "7%"], [False, False]),
+        ("value", ["4_8", "1"], ["4_8", "1"], [False, False]),
+        ("value", ["007", "1"], ["007", "1"], [False, False]),
+        ("value", ["1e3", "1"], ["1e3", "1"], [False, False]),
+        *((name, ["2000", "0.50"], ["2000", "0.50"], [False, False])
+          for name in ("model", "chain", "series", "row", "panel", "variant", "versus", "seed")),
+    ],
+)  # fmt: skip
+def test_a_name_is_never_changed_into_a_number(column, texts, shown, numbers):
+    found = report_tables.table([{column: text} for text in texts])
+    assert [row[0].text for row in found.rows] == shown
+    assert [row[0].number for row in found.rows] == numbers
 
 
 # Definitions ----------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_a_new_head_makes_the_size_about(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "named"),
     [
-        ({"prune": "depth", "blocks": 9, "calibration": "few"}, "9"),
+        ({"prune": "depth", "ratio": 0.99, "calibration": "few"}, "ratio"),
         ({"prune": "depth", "parameters": 1.0e12, "calibration": "few"}, "parameters"),
         ({"prune": "llm-pruner", "parameters": 10.0, "calibration": "few"}, "parameters"),
     ],

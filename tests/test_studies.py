@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from functools import cache
@@ -154,3 +155,24 @@ def test_the_real_weights_of_the_page_replace_random_ones():
     assert (models["llama-2-7b"].hub, models["llama-2-7b"].shape) == ("meta-llama/Llama-2-7b-hf", "llama-2-7b")
     assert models["opt-6.7b"].convert
     assert models["chatglm2-6b"].pretrain == "random-weights"
+
+
+def test_a_tokenizer_that_is_published_as_a_sentencepiece_model_alone_is_read(tmp_path):
+    """Vicuna's has no tokenizer.json; its tokens are those of sentencepiece itself, behind BOS."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+    lines = iter((ROOT / "docs" / "metrics.md").read_text().splitlines())
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=file, vocab_size=600, hard_vocab_limit=False, **options
+        )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    content = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **special}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    text = "Perplexity of 7B models: naïve façade."
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    assert ours(text)["input_ids"] == [ours.bos_token_id, *theirs.encode(text)]

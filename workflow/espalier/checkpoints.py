@@ -144,7 +144,9 @@ def refer(folder: Path, reference: dict) -> dict:
     if convert:
         pickled_weights.convert(weights, folder, tied=getattr(model.config, "tie_word_embeddings", False))
     sizes = [_sizes(file) for file in sorted((folder if convert else source).glob("*.safetensors"))]
-    bits = 8 * sum(size for _, size in sizes) / sum(count for count, _ in sizes)
+    if not (count := sum(values for values, _ in sizes)):
+        raise UserError(f"{source} holds no matrices of floating-point numbers.")
+    bits = 8 * sum(size for _, size in sizes) / count
     # Counted by the model: the files may hold a tied weight twice, and buffers.
     write_description(folder, {**info, "parameters": logical_parameters(model), "bits": bits})
     return {"sha256": {file.name: sha256(file) for file in weights}}
@@ -287,7 +289,8 @@ def _download(name: str, revision: str, convert: bool = False) -> Path:
     options = {"allow_patterns": hub_cache.model_files(convert), "local_files_only": offline}
     try:
         if convert and not offline:  # safetensors would not be downloaded, and so not be seen
-            with contextlib.suppress(httpx.TransportError):  # the cache may hold the model
+            # The cache may hold the model; if not, the download says the same again.
+            with contextlib.suppress(httpx.TransportError, HfHubHTTPError):
                 if lack := hub_cache.lack_of_weights(HfApi().list_repo_files(name, revision=revision), convert):
                     raise UserError(f"The model {name}, revision {revision}, {lack}")
         return Path(snapshot_download(name, revision=revision, **options))
@@ -298,12 +301,16 @@ def _download(name: str, revision: str, convert: bool = False) -> Path:
 
 
 def _sizes(file: Path) -> tuple[int, int]:
-    """Return the number of values in a safetensors file and their bytes, from its header; refuses a truncated one."""
+    """Return how many values the matrices of floating-point numbers in a safetensors file have, and their bytes.
+
+    Norms and buffers may have another dtype. From the header alone; refuses a truncated file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as tensors:
             slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118
+            slices = [part for part in slices if "F" in part.get_dtype() and len(part.get_shape()) > 1]
             counts = [math.prod(part.get_shape()) for part in slices]
             bits = [int(re.search(r"\d+", part.get_dtype())[0]) for part in slices]
     except SafetensorError as error:

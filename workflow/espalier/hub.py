@@ -157,9 +157,9 @@ def written(study: Study) -> list[Path]:
     return [hub_cache.roots()["datasets"]] if any(item.kind != "model" for item in needed(study)) else []
 
 
-def check(study: Study) -> None:
-    """Raise one UserError that names all that the study needs of the hub and that is not whole in the cache."""
-    if missing := lacking(study, needed(study)):
+def check(study: Study, items: list[Item] | None = None) -> None:
+    """Raise one UserError that names each of the items, or of all that the study needs, that the cache lacks."""
+    if missing := lacking(study, needed(study) if items is None else items):
         cache = hub_cache.roots()["hub"].parent
         names = "; ".join(f"{say(item)}: {lack}" for item, lack in missing.items())
         raise UserError(

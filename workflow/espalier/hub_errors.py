@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 PASSING = (408, 429, 500, 502, 503, 504)
+WRONG_TOKEN = "Invalid credentials in Authorization header"  # what the hub says, of something public too
 
 
 def transient(error: BaseException) -> bool:
@@ -28,7 +29,10 @@ def transient(error: BaseException) -> bool:
 
 
 def explained(error: BaseException, what: str) -> str | None:
-    """Return a full sentence about what failed and what to do; None for an error that is not the hub's."""
+    """Return a full sentence about what failed and what to do; None for an error that is not the hub's.
+
+    It names `what` unless that does not matter, as with a wrong token.
+    """
     import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import HfUriError, HFValidationError
@@ -37,6 +41,11 @@ def explained(error: BaseException, what: str) -> str | None:
     responses = [one.response for one in _chain(error) if getattr(one, "response", None) is not None]
     status = responses[0].status_code if responses else None
     code = responses[0].headers.get("X-Error-Code") if responses else None
+    if status == 401 and responses[0].headers.get("X-Error-Message") == WRONG_TOKEN:
+        return (
+            f"{hub} does not accept the token that is set (HF_TOKEN, or that of `hf auth login`): it is wrong or"
+            " expired. Set another, or none: without one, what is public can be read."
+        )
     if code == "GatedRepo":
         return (
             f"The {what} is gated: accept its licence at {_page(responses[0])}, and set HF_TOKEN to a token of that"

@@ -52,7 +52,7 @@ def ask(items: list[Item]) -> tuple[dict[Item, Answer], list[str]]:
     """Return what the hub says of models and data sets, and a sentence about each that cannot be had.
 
     Of a task of the harness the data sets are asked for as far as the harness's files name them. If the hub does not
-    answer at all, that is said once.
+    answer at all, or not to this token, that is said once.
     """
     asked = _things(items)
     if asked and (error := _silence()):
@@ -67,7 +67,7 @@ def ask(items: list[Item]) -> tuple[dict[Item, Answer], list[str]]:
                 answers[item] = job.result()
             except UserError as error:
                 mistakes.append(str(error))
-    return answers, mistakes
+    return answers, list(dict.fromkeys(mistakes))
 
 
 def _silence() -> Exception | None:
@@ -209,10 +209,14 @@ def data_files(item: Item, **arguments: Any) -> Answer:
 
 
 def _ask_for_card(item: Item) -> None:
-    """Read the data set's README, as the datasets library would: but its own errors do not say what the hub said."""
+    """Read the data set's README, as the datasets library would: but its own errors do not say what the hub said.
+
+    Whether the hub gives it is asked first: a download tries for minutes where the hub does not answer.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
+    _ask_for_access(item, "README.md")
     with contextlib.suppress(RemoteEntryNotFoundError):
         hf_hub_download(item.id, "README.md", repo_type="dataset", revision=item.revision)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier import chains, group_sizes, model_configs, plugins, shapes
+from espalier.config import Model
 from espalier.study import Study, Wanted
 
 study: Study | None = None  # set by the Snakefile
@@ -33,7 +34,7 @@ CONFIG_NAMES = {
 }
 # What a method of `pretrain` trains, where its sizes name no architecture: by the task that it gives.
 ARCHITECTURES = {"causal-lm": "llama", "masked-lm": "bert"}
-# How wide a weight of a hub's model is taken to be while only its shape is known: decoders are published in 16 bits.
+# How wide a weight is taken to be while only a shape is known that names no dtype: decoders are published in 16 bits.
 PUBLISHED_BYTES = {"causal-lm": 2, "masked-lm": 4, "sequence-classification": 4}
 
 
@@ -82,18 +83,24 @@ def size(of: Study, model: str) -> Size:
     """Return how large a model of a study is; `ASSUMED` where that cannot be known yet.
 
     A local model and one in the hub's cache are measured by the headers of their weight files, which may hold a tied
-    matrix twice; one that the study makes itself is counted from its shape, with the largest vocabulary that it allows,
-    and so is one of the hub whose entry names a `shape`, until its weights are in the cache.
+    matrix twice; until these are there, or converted, they are counted from their config.json, or the `shape` that
+    their entry names. One that the study makes itself is counted from its shape, with the largest vocabulary that it
+    allows.
     """
     try:
         return _known(of, model)
     except LookupError:
         entry = of.resolved.models[model]
+    try:
+        config = config_of(of, model)
+        count = parameters(config)
+    except (LookupError, TypeError):  # also for a config.json of an unknown kind
         if entry.shape is None:
             return ASSUMED
-    count = parameters(shapes.read(entry.shape))
-    wide = PUBLISHED_BYTES[entry.task] if entry.dtype == "auto" else _width(entry.dtype)
-    return Size(count, count * wide, "shape")
+        config = shapes.read(entry.shape)
+        count = parameters(config)
+    dtype = _dtype(entry, config)
+    return Size(count, count * (_width(dtype) if dtype else PUBLISHED_BYTES[entry.task]), "shape")
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -112,7 +119,8 @@ def config_of(of: Study, model: str) -> dict[str, Any]:
     """
     entry = of.resolved.models[model]
     if not entry.pretrain:
-        return _json(model_configs.file_of(entry))
+        written = _weights_folder(of, model) / "config.json"
+        return _json(written if written.is_file() else model_configs.file_of(entry))
     step = of.resolved.pretrained[model]
     own = {key: getattr(step.recipe, name, None) for name, key in CONFIG_NAMES.items()}
     default = {
@@ -151,8 +159,13 @@ def _known(of: Study, model: str) -> Size:
         return Size(count, count * _width(config["dtype"]), "shape")
     stored = [_header(file) for file in _weight_files(_weights_folder(of, model))]
     count = sum(values for values, _ in stored)
-    dtype = entry.dtype if entry.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
+    dtype = _dtype(entry, config)
     return Size(count, count * _width(dtype) if dtype else sum(held for _, held in stored), "weight files")
+
+
+def _dtype(entry: Model, config: Mapping[str, Any]) -> str | None:
+    """Return the dtype in which a model is loaded: its entry's, or its config.json's; None where neither names one."""
+    return entry.dtype if entry.dtype != "auto" else config.get("dtype") or config.get("torch_dtype")
 
 
 def _weights_folder(of: Study, model: str) -> Path:

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from snakemake.jobs import Job
     from snakemake.workflow import Workflow
 
+    from espalier.hub import Item
+
 LOCAL = ("local", "touch")
 RULES = tuple(f"{kind}_model" for kind in ("pretrain", "prune", "tune", "quantize", "distill", "evaluate", "profile"))
+BEGIN = ("pretrain_model", "fetch_model")  # rules that make dense models
 COMPARE_TEXTS = ("check_calibration", "make_calibration_table")  # rules that read all calibration sets and suites
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -61,29 +64,49 @@ def check(workflow: Workflow, study: Study, executor: str, settings: object) -> 
     _check_hub(study, offline, asks=executor == "local" and not dry)
     if offline:
         os.environ.update(hub.environment(study))
+        _check_cache_later(workflow, study)
     if submits:
         for name in TOKENS:  # Slurm keeps the environment of its jobs, and these ask no hub
             os.environ.pop(name, None)
 
 
 def _check_hub(study: Study, offline: bool, asks: bool) -> None:
-    """Raise UserError for tasks that the harness lacks, and for what the cache lacks where jobs are `offline`.
+    """Raise UserError for tasks that the harness lacks; as the run ends here, it says all that is wrong at once.
 
-    A run that `asks` the hub does so later (`ask_hub`), but if it ends here, all is said at once.
+    Otherwise what is wrong with what the jobs read is said once they are known: where they are `offline` what the cache
+    lacks (`_check_cache_later`), and of a run that `asks` what the hub refuses (`ask_hub`).
     """
     from espalier import harness_names, hub, hub_questions
 
     needed = hub.needed(study)
     mistakes = [f"{study.file}: {sentence}" for sentence in harness_names.mistakes(needed)]
+    if not mistakes:
+        return
     if offline:
         try:
-            hub.check(study)
+            hub.check(study, needed)
         except UserError as error:
             mistakes.append(str(error))
-    elif mistakes and asks:
+    elif asks:
         mistakes += [f"{study.file}: {sentence}" for sentence in hub_questions.refusals(study, needed)]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+    raise UserError("\n".join(mistakes))
+
+
+def _check_cache_later(workflow: Workflow, study: Study) -> None:
+    """Have `workflow` raise UserError for all that its jobs need of the hub and the cache lacks, once they are known.
+
+    Also in a dry-run, where Snakemake calls no `onstart`.
+    """
+    from espalier import hub
+
+    build = workflow._build_dag
+
+    def build_and_check() -> None:
+        build()
+        if not workflow.touch:
+            hub.check(study, _needed(workflow, study))
+
+    workflow._build_dag = build_and_check
 
 
 def ask_hub(workflow: Workflow, study: Study) -> None:
@@ -91,23 +114,36 @@ def ask_hub(workflow: Workflow, study: Study) -> None:
 
     Called when the jobs are known and none has started. Only the main process of a run on this machine asks.
     """
-    from espalier import hub, hub_cache, hub_questions
+    from espalier import hub_cache, hub_questions
 
     here = workflow.is_main_process and workflow.local_exec and not workflow.touch
     if not here or prefetches(workflow) or hub_cache.switched_off():
         return
-    read = _entries_read(workflow.dag.needrun_jobs(), study)
-    needed = [item for item in hub.needed(study) if read.intersection(item.needed_by)]
-    if refusals := hub_questions.refusals(study, needed):
+    if refusals := hub_questions.refusals(study, _needed(workflow, study)):
         raise UserError("\n".join(f"{study.file}: {sentence}" for sentence in refusals))
 
 
+def _needed(workflow: Workflow, study: Study) -> list[Item]:
+    """Return what the jobs of this run read of the hub."""
+    from espalier import hub
+
+    read = _entries_read(workflow.dag.needrun_jobs(), study)
+    return [item for item in hub.needed(study) if read.intersection(item.needed_by)]
+
+
 def _entries_read(jobs: Iterable[Job], study: Study) -> set[str]:
-    """Return the entries of the study, such as suites.zero-shot, that jobs read, as `hub.needed` names them."""
+    """Return the entries of the study, such as suites.zero-shot, that jobs read, as `hub.needed` names them.
+
+    Of a model that the study makes or converts, only the job that does so reads what its entry names.
+    """
     sections = {"model": "models", "suite": "suites", "workload": "workloads", "recipe": "recipes"}
     read = set()
     for job in jobs:
-        read |= {f"{sections[key]}.{name}" for key, name in job.wildcards_dict.items() if key in sections}
+        read |= {
+            f"{sections[key]}.{name}"
+            for key, name in job.wildcards_dict.items()
+            if key in sections and (key != "model" or job.rule.name in BEGIN or _points_to_hub(study, name))
+        }
         if job.rule.name in COMPARE_TEXTS:
             read |= {
                 f"{section}.{name}"
@@ -115,6 +151,12 @@ def _entries_read(jobs: Iterable[Job], study: Study) -> set[str]:
                 for name in getattr(study.resolved, section)
             }
     return read
+
+
+def _points_to_hub(study: Study, model: str) -> bool:
+    """Return whether a model's own folder is a pointer to the hub's cache."""
+    entry = study.resolved.models[model]
+    return entry.hub is not None and not entry.convert
 
 
 def _largest_jobs(study: Study) -> dict[str, dict[str, str]]:

@@ -43,6 +43,9 @@ def content(study: Study, found: Mapping[Wanted, dict], fresh: bool) -> dict:
     measured = {one["metric"] for result in results for one in result["measurements"]}
     defined, undefined = definitions.of_metrics(measured)
     now = time.time()
+    charts = report_tables.charts(study, found, fresh)
+    published = report_tables.published(study, found, fresh)
+    quantized = report_tables.quantized(study, found, fresh)
     return {
         "study": study,
         "version": __version__,
@@ -55,9 +58,12 @@ def content(study: Study, found: Mapping[Wanted, dict], fresh: bool) -> dict:
         "took": _duration(sum(result["provenance"]["seconds"] for result in results)),
         "models": report_runs.models(study, found),
         "datasets": report_runs.datasets(study),
-        "charts": report_tables.charts(study, found, fresh),
-        "published": report_tables.published(study, found, fresh),
-        "quantized": report_tables.quantized(study, fresh),
+        "charts": charts,
+        "published": published,
+        "quantized": quantized,
+        "stale": [f"chart “{chart.title}”" for chart in charts if chart.picture is None]
+        + ["table of published values"] * bool(study.config.compare and not published)
+        + ["table of quantized variants"] * bool(report_tables.QUANTIZED in study.resolved.figures and not quantized),
         "variants": report_runs.variants(study, found),
         "methods": {section: report_runs.methods(study, section) for section in ("recipes", "suites", "workloads")},
         "calibrations": report_runs.calibrations(study),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from espalier import chains, plugins, tables
+from espalier import chains, comparisons, plugins, tables
 from espalier.config import Step
 from espalier.recipes import as_dict
 from espalier.study import Study, Wanted
@@ -61,17 +61,27 @@ class Lack(NamedTuple):
 
 
 def models(study: Study, found: Found) -> list[Source]:
-    """Return the models; one that the study makes is no published model, and its accuracies are its own."""
+    """Return the models; one that Espalier made is no published model, and its accuracies are its own.
+
+    That weights are random is known of what the study makes so, and of every model once a result of it is there.
+    """
+    made_here = comparisons.made_here(study.resolved, {"evaluate"})
     random = {one.model for one, result in found.items() if result["checkpoint"].get("weights") == "random"}
+    random |= {
+        name
+        for name, step in study.resolved.pretrained.items()
+        if getattr(plugins.load("pretrain", step.method), "RANDOM", False)
+    }
     listed = []
     for name, entry in study.resolved.models.items():
-        warning = ""
         if entry.pretrain:
             made = _method(study, study.step("pretrained", name))
             source = f"{made.method} ({made.keys})"
-            warning = "It is made by this study: its numbers say nothing about a published model."
         else:
             source = f"{entry.hub}, revision {entry.revision}" if entry.hub else f"local folder {entry.path}"
+        warning = ""
+        if name in made_here:
+            warning = "It is made by Espalier: its numbers say nothing about a published model."
         if name in random:
             warning = "Its weights are random: its accuracies mean nothing, only its time and memory do."
         listed.append(Source(name, source, warning, ", ".join(map(str, entry.seeds))))

@@ -5,16 +5,26 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from espalier import drawing, plugins, quantization_rows
+from espalier import comparisons, drawing, plugins, published_points, quantization_rows
+from espalier.config import Step
 from espalier.study import Study, Wanted
 
 QUANTIZED = "quantization_tradeoff"  # the chart whose recipe the table of quantized variants has, too
+NAMES = {  # columns that hold names, also where all of them look like numbers
+    *("arithmetic", "chain", "certainty", "condition", "criterion", "device", "engine", "family", "file", "made_from"),
+    *("metric", "model", "outcome", "panel", "quantity", "row", "seed", "series", "size", "source", "suite", "task"),
+    *("unit", "variant", "versus", "why", "workload"),
+}
+NUMBER = re.compile(r"-?((0|[1-9]\d*)(\.\d+)?(e[+-]\d\d+)?|inf)|nan")  # as Python writes it
 
 
 class Cell(NamedTuple):
@@ -53,12 +63,27 @@ class Published(NamedTuple):
     outside: int
     reasons: dict[str, int]  # why a value is not judged → how many
     rows: Table
+    caveat: str  # as that of Quantized
+
+
+class Quantized(NamedTuple):
+    """The table of quantized variants and their paired tests."""
+
+    variants: Table
+    pairs: Table
+    caveat: str  # a sentence that a reader must know of how it was made ("": nothing)
 
 
 def table(rows: Iterable[Mapping[str, object]]) -> Table:
-    """Return rows as a table without empty columns; columns with one value in all of several rows are named once."""
-    rows = [{key: _cell(value) for key, value in row.items()} for row in rows]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Return rows as a table without empty columns; columns with one value in all of several rows are named once.
+
+    A column holds numbers if all that is in it is one, and it is none of `NAMES`.
+    """
+    written = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    columns = list(dict.fromkeys(key for row in written for key in row))
+    filled = {key: [row[key] for row in written if row.get(key)] for key in columns}
+    numbers = {key for key in columns if key not in NAMES and all(map(NUMBER.fullmatch, filled[key]))}
+    rows = [{key: _cell(text, key in numbers) for key, text in row.items()} for row in written]
     texts = {key: {row[key].text if key in row else "" for row in rows} for key in columns}
     constant = {key: next(iter(found)) for key, found in texts.items() if len(found) == 1}
     if len(rows) < 2:
@@ -75,15 +100,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _cell(value: object) -> Cell:
-    """Return a value as it is shown; text that is a finite number counts as one."""
-    if value is None:
-        return Cell("")
-    try:
-        found = float(value)  # type: ignore[arg-type]
-        return Cell(number(found), True) if abs(found) < float("inf") else Cell(str(value))
-    except (TypeError, ValueError):
-        return Cell(str(value))
+def _cell(text: str, in_numbers: bool) -> Cell:
+    """Return a text as it is shown; in a column of numbers a finite one is shown as people read it."""
+    if in_numbers and text and math.isfinite(float(text)):
+        return Cell(number(float(text)), True)
+    return Cell(text)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -97,7 +118,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def charts(study: Study, found: Mapping[Wanted, dict], fresh: bool) -> list[Chart]:
     """Return the study's charts, whole or early; `found` are the raw results that are there.
 
-    Unless the files of charts and tables are known to be `fresh`, one that is older than its results is left out.
+    A chart is left out unless it is known to be `fresh`, or was drawn by this recipe and code, of as many results as
+    are there now, none of which is newer. That a chart is early is never known to be fresh.
     """
     there = {study.path(one) for one in found}
     return [_chart(study, figure, there, fresh) for figure in study.resolved.figures]
@@ -105,25 +127,33 @@ def charts(study: Study, found: Mapping[Wanted, dict], fresh: bool) -> list[Char
 
 def _chart(study: Study, figure: str, there: set[str], fresh: bool) -> Chart:
     plotted = study.figure_results(figure)
-    lacking = [path for path in plotted if path not in there]
+    results = [path for path in plotted if path in there]
+    early = len(results) < len(plotted)
     whole = study.figures / figure
-    prefix = drawing.early(whole) if lacking else whole
+    prefix = drawing.early(whole) if early else whole
     picture = prefix.with_name(f"{figure}.svg")
-    shown = picture.is_file() and (bool(lacking) or fresh or not _older(picture, plotted))
+    step = study.step("figures", figure)
+    shown = picture.is_file() and ((fresh and not early) or _drawn_of(picture, step, results))
     points = read(prefix.with_name(f"{figure}.csv")) if shown else []
     outcomes = Counter(point["outcome"] for point in points if point.get("outcome") not in ("ok", "", None))
-    step = study.step("figures", figure)
     return Chart(
         name=figure,
         title=step.recipe.title or figure,
         shows=_first_line(plugins.load("figures", figure).__doc__),
         picture=_data_uri(picture) if shown else None,
-        early=bool(lacking),
-        there=len(plotted) - len(lacking),
+        early=early,
+        there=len(results),
         wanted=len(plotted),
         numbers=table(points),
         gaps=dict(outcomes.most_common()),
     )
+
+
+def _drawn_of(picture: Path, step: Step, results: list[str]) -> bool:
+    """Return whether a chart was drawn by this recipe and today's code, of these raw results as they are now."""
+    if _older(picture, [*results, *published_points.files(step.method, step.content)]):
+        return False
+    return drawing.bears(picture, drawing.mark(step.method, step.recipe, len(results)))
 
 
 def _data_uri(picture: Path) -> str:
@@ -140,24 +170,37 @@ def _older(file: Path, results: Iterable[str]) -> bool:
     return any(not os.path.exists(path) or os.stat(path).st_mtime > made for path in results)
 
 
-def quantized(study: Study, fresh: bool) -> tuple[Table, Table] | None:
+def _caveat(table: Path, fresh: bool) -> str:
+    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(table.stat().st_mtime))
+    return "" if fresh else f"Made {made}; a change of its recipe or code since then is not noticed."
+
+
+def _stale(table: Path, made_of: list[str], there: set[str], more: Iterable[str] = ()) -> bool:
+    """Return whether a table lacks one of the results that it is made of today, or is older than one of its files."""
+    return not there.issuperset(made_of) or _older(table, [*made_of, *more])
+
+
+def quantized(study: Study, found: Iterable[Wanted], fresh: bool) -> Quantized | None:
     """Return the table of quantized variants and their paired tests; None if the study has none that is up to date."""
     values, pairs = study.root / "tables/quantization.json", study.root / "tables/quantization_paired.csv"
     if QUANTIZED not in study.resolved.figures or not (values.is_file() and pairs.is_file()):
         return None
-    if not fresh and _older(values, study.figure_results(QUANTIZED)):
+    if not fresh and _stale(values, study.figure_results(QUANTIZED), set(map(study.path, found))):
         return None
     rows = json.loads(values.read_text(encoding="utf-8"))
     named = [{"variant": name, **{key: row[key] for key in quantization_rows.KEYS}} for name, row in rows.items()]
-    return table(named), table(read(pairs))
+    return Quantized(table(named), table(read(pairs)), _caveat(values, fresh))
 
 
 def published(study: Study, found: Iterable[Wanted], fresh: bool) -> Published | None:
     """Return the table of published values beside ours; None if the study has none that is up to date."""
     file = study.root / "tables/published.csv"
-    if not file.is_file() or (not fresh and _older(file, map(study.path, found))):
+    if not study.config.compare or not file.is_file():
+        return None
+    papers = comparisons.files(study.resolved)
+    if not fresh and _stale(file, study.comparison_results(), set(map(study.path, found)), papers):
         return None
     rows = read(file)
     verdicts = Counter(row["inside"] for row in rows)
     reasons = Counter(row["why"] for row in rows if row["inside"] not in ("yes", "no"))
-    return Published(verdicts["yes"], verdicts["no"], dict(reasons.most_common()), table(rows))
+    return Published(verdicts["yes"], verdicts["no"], dict(reasons.most_common()), table(rows), _caveat(file, fresh))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
 GIVES = "masked-lm"
+RANDOM = True  # its accuracies mean nothing
 
 
 @dataclass(frozen=True)
