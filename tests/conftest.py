@@ -1,4 +1,4 @@
-"""Fixtures: the demo's config, a tiny model, and a copy of the project to edit."""
+"""Fixtures: the demo's config, a tiny model, a hub, and a copy of the project to edit."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ def kept_environment():
 def llama(tmp_path_factory) -> Path:
     """A checkpoint of a tiny Llama, to be left as it is."""
     return tiny.llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def client(monkeypatch, tmp_path):
+    """A hub on loopback, which this process's own huggingface_hub and datasets ask."""
+    import datasets
+
+    from hub_server import serve
+    from hub_study import use_hub
+
+    with serve() as server:
+        use_hub(monkeypatch, server, tmp_path / "cache")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
+        yield server
 
 
 def copy_project(target: Path) -> Path:

@@ -19,8 +19,7 @@ from espalier.recipes import build
 from espalier.study import Study
 from espalier.tune import classify
 from hub_encoders import encoder
-from hub_server import serve
-from hub_study import study, use_hub
+from hub_study import study
 
 PAIR = {"question1": "What is red?", "question2": "Which is red?", "label": 1}
 SCORED = {"sentence1": "a robin", "sentence2": "a tulip", "label": 2.5}
@@ -216,18 +215,6 @@ def published() -> dict[str, bytes]:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
             files[f"{task}/{split}.parquet"] = stream.getvalue()
     return files
-
-
-@pytest.fixture
-def client(monkeypatch, tmp_path):
-    """A hub, which this process's own libraries ask."""
-    import datasets
-
-    with serve() as server:
-        use_hub(monkeypatch, server, tmp_path / "cache")
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
-        yield server
 
 
 def test_a_teacher_and_its_rows_come_from_the_hub_and_are_prefetched(client, tmp_path, monkeypatch):

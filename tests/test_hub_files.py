@@ -17,7 +17,7 @@ from espalier.data import Dataset, Text
 from espalier.document_stream import Documents
 from espalier.errors import UserError
 from espalier.recipes import build
-from hub_server import Hub, serve
+from hub_server import Hub
 from hub_study import DEAD, lines, study, use_hub
 
 # A card that says what the whole data set has: not true of some of its files.
@@ -47,16 +47,6 @@ FORMATS = {
     "parquet": ("parquet", parquet, ""),
     "with a card": ("jsonl", lines, CARD),
 }
-
-
-@pytest.fixture
-def client(monkeypatch, tmp_path):
-    """A hub, which this process's own huggingface_hub and datasets ask."""
-    with serve() as server:
-        use_hub(monkeypatch, server, tmp_path / "cache")
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
-        yield server
 
 
 def repository(format: str) -> dict[str, bytes]:

@@ -16,24 +16,12 @@ from conftest import copy_project, snakemake
 from espalier import harness_names, hub, hub_cache, hub_download, hub_files, hub_questions, preflight
 from espalier.errors import UserError
 from hub_server import Fault, Hub, Repository, serve
-from hub_study import DEAD, TOKEN, model_files, of_cache, study, use_hub, words
+from hub_study import DEAD, TOKEN, model_files, of_cache, study, words
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> dict[str, bytes]:
     return model_files(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture
-def client(monkeypatch, tmp_path):
-    """A hub, which this process's own huggingface_hub and datasets ask."""
-    import datasets
-
-    with serve() as server:
-        use_hub(monkeypatch, server, tmp_path / "cache")
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
-        yield server
 
 
 def broken(tmp_path: Path, server: Hub, model: dict, tasks: tuple[str, ...]) -> tuple[dict, list[str]]:

@@ -20,6 +20,7 @@ from espalier import (
     overlays,
     plugins,
     published_points,
+    study_data,
 )
 from espalier.config import Resolved, Step, resolve
 from espalier.data import Calibration, Text
@@ -63,10 +64,9 @@ class Study:
         self.name = self.config.study
         self.results, self.figures = Path(results), Path(figures) / self.name
         self.root = self.results / self.name
-        for section in ("suites", "workloads"):
-            self._check_dataset_tasks(section)
+        study_data.check_tasks(self.resolved, self.file)
         glue_chains.check_data([*self.resolved.recipes.values(), *self.resolved.suites.values()], self.file)
-        self._check_calibrations()
+        study_data.check_calibrations(self.resolved, self.file)
         self._check_environments(submits)
         self.wanted = self._wanted()
 
@@ -252,21 +252,6 @@ class Study:
     def stages(self) -> dict[str, str]:
         return {name: step.kind for name, step in self.resolved.recipes.items()}
 
-    def _check_dataset_tasks(self, section: str) -> None:
-        """Refuse a suite or workload that names a task which its dataset does not hold."""
-        for name, step in getattr(self.resolved, section).items():
-            dataset, tasks = getattr(step.recipe, "dataset", None), getattr(step.recipe, "tasks", None)
-            if dataset is None or tasks is None:
-                continue
-            if dataset.source == "demo":
-                from espalier.demo.questions import QUESTIONS as known
-            else:
-                known = [file.stem for file in (Path(dataset.path) / "tasks").glob("*.yaml")]
-            for task in tasks:
-                if task not in known:
-                    where = f"{self.file}: {section}.{name}.tasks"
-                    raise UserError(f"{where}: '{dataset.name}' has no task '{task}'.{did_you_mean(task, known)}")
-
     def _environments(self, workload: str) -> dict[str, str]:
         """Return device → environment of the engine that a workload's recipe names, if it names one."""
         engine = getattr(self.step("workloads", workload).recipe, "engine", None)
@@ -291,26 +276,6 @@ class Study:
                     raise UserError(
                         f"{self.file}: workloads.{workload}.engine: the engine '{step.recipe.engine}' needs the"
                         f" environment {name}, and its lock {lock} does not exist."
-                    )
-
-    def _check_calibrations(self) -> None:
-        """Refuse a calibration set without a name, or on the very rows that a suite evaluates.
-
-        Evaluated text that stands elsewhere too is found in the text alone, by the job check_calibration.
-        """
-        for name, step in self.resolved.recipes.items():
-            calibration = getattr(step.recipe, "calibration", None)
-            if calibration is not None and calibration not in self.resolved.calibrations.values():
-                where = f"{self.file}: recipes.{name}.calibration"
-                raise UserError(f"{where}: expected the name of an entry of the section calibrations.")
-        for name, calibration in self.resolved.calibrations.items():
-            for suite, step in self.resolved.suites.items():
-                text = getattr(step.recipe, "text", None)
-                if text is not None and calibration.text.overlaps(text):
-                    raise UserError(
-                        f"{self.file}: calibrations.{name}: its text (dataset '{calibration.text.dataset.name}', split"
-                        f" '{calibration.text.split}') is what suites.{suite} evaluates (split '{text.split}')."
-                        " Calibrate on other text."
                     )
 
     def _wanted(self) -> list[Wanted]:
