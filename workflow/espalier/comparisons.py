@@ -20,12 +20,12 @@ from espalier import chains, checkpoints, glue_tasks, plugins
 from espalier.errors import UserError, did_you_mean
 from espalier.figures import Need
 from espalier.provenance import code_version
+from espalier.published_points import PAPERS
 from espalier.recipes import as_dict, fields_of
 
 if TYPE_CHECKING:
     from espalier.config import Resolved, Step
 
-PAPERS = Path(__file__).parents[2] / "reference" / "papers"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_published_table.py"
 ORDERED = "depth"  # the method whose steps record an order of removal
 RELATIVE = re.compile(r"\d+(\.\d+)? ?%")

@@ -7,6 +7,7 @@ core of its series' colour; an unreliable one is not drawn over measured ones at
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from pandas import DataFrame
 
-PAPERS = Path("reference/papers")
+PAPERS = Path(__file__).parents[2] / "reference" / "papers"
 LABEL = "published"
 EDGE = "#222222"
 FAR = 2.5  # a published value beyond this many times the largest measured one would press all bars flat
@@ -27,7 +28,7 @@ FAR = 2.5  # a published value beyond this many times the largest measured one w
 
 def files(figure: str, content: Mapping[str, Any]) -> list[str]:
     """Return the file of published values that a chart of this recipe shows beside its own, if it shows any."""
-    return [str(PAPERS / f"{figure}.csv")] if content.get("published") else []
+    return [os.path.relpath(PAPERS / f"{figure}.csv")] if content.get("published") else []
 
 
 def check(recipe: object, plotted: Iterable[str], made_here: Collection[str], where: str) -> None:

@@ -1,6 +1,7 @@
 """Make the table of published values: ours beside each, the difference, and whether it lies inside the tolerance.
 
-python workflow/scripts/make_published_table.py --comparisons '{"compare": […], "figures": {}, "made": {}}' \\
+python workflow/scripts/make_published_table.py \\
+    --comparisons '{"compare": […], "figures": {}, "made": {"evaluate": {}, "profile": {}}}' \\
     --published reference/papers --results results/my/runs/*/s*/*/*/*.json --output published.csv
 """
 
@@ -19,8 +20,8 @@ def main(argv: list[str] | None = None) -> None:
         "--comparisons",
         type=cli.mapping,
         required=True,
-        help="JSON: the entries of the section compare, the recipes of their charts by name, and of each model that"
-        " the study makes, the method",
+        help="JSON: the entries of the section compare, the recipes of their charts by name, and, for evaluations and"
+        " for profiles, the models that Espalier made and what made them",
     )
     parser.add_argument("--published", type=Path, required=True, help="folder of published values")
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="raw results (JSON)")
